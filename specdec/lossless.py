@@ -1,0 +1,119 @@
+"""Whether an arm said what plain decoding says, and how near a tie it was where it did not.
+
+In fp32 answers are identical. In 16 bits the last bits of a verify and of a one-token forward differ, so a near tie
+may fall the other way: it is counted, while anything beyond the measured noise is a bug.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .accept import Match
+from .decode import Sequence
+from .records import RequestRecord
+from .rng import Philox
+from .tree import TokenTree
+
+if TYPE_CHECKING:
+    from .measure import Experiment
+    from .target import HFTarget
+
+NOISE_FACTOR = 4.0
+NOISE_QUANTILE = 0.999
+TOP = 10  # logits of a position that enter the noise
+
+
+def compare(
+    e: Experiment, method: list[RequestRecord], plain: list[RequestRecord] | None, prompts: dict[str, list[int]]
+) -> dict:
+    """The `lossless` entry of a summary.
+
+    rule         whether the rule is lossless
+    identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own at a
+                 temperature, a lossy rule, no plain decoding)
+    divergences  request, index of the first other token, gap between the target's two best logits there
+    """
+    same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
+    if not same_text or not plain:
+        return {"rule": e.accept.lossless, "identical": None, "divergences": []}
+    said = {r.request: r.tokens for r in plain if r.repeat == 0}
+    answers = {r.request: r.tokens for r in method if r.repeat == 0}
+    differ = {q: first_difference(tokens, said[q]) for q, tokens in answers.items() if tokens != said[q]}
+    divergences = [
+        {"request": q, "index": i, "top2_gap": top2_gap(e.target, prompts[q] + said[q][:i])} for q, i in differ.items()
+    ]
+    return {"rule": True, "identical": len(answers) - len(differ), "divergences": divergences}
+
+
+def first_difference(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def top2_gap(target: HFTarget, tokens: list[int]) -> float:
+    """Gap between the two largest logits that one-token decoding gives after `tokens`."""
+    seq = _begin(target, tokens, len(tokens) - 1)
+    best, second = _decode_one(target, seq, tokens[-1]).topk(2).values.tolist()
+    return best - second
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Emitted tokens against one-token decoding: how many were tied away within the noise, and which were not."""
+
+    tokens: int
+    near_ties: int
+    beyond: list[tuple[int, float]]
+    bound: float
+
+
+def audit(target: HFTarget, prompt: list[int], tokens: list[int], bound: float) -> Audit:
+    """Teacher-force `tokens` through one-token decoding; each one's gap to the argmax must lie within `bound`."""
+    rows = decode_logits(target, prompt, tokens)
+    gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, tokens, strict=True)]
+    beyond = [(i, gap) for i, gap in enumerate(gaps) if gap > bound]
+    return Audit(len(tokens), sum(0 < gap <= bound for gap in gaps), beyond, bound)
+
+
+def noise_bound(target: HFTarget, texts: list[tuple[list[int], list[int]]], nodes: int = 8) -> float:
+    """4 times the 99.9th percentile of |verify - decode| over the top logits of every position of the answers."""
+    differences = []
+    for prompt, tokens in texts:
+        decoded, verified = decode_logits(target, prompt, tokens), verify_logits(target, prompt, tokens, nodes)
+        for one_V, tree_V in zip(decoded, verified, strict=True):
+            top = one_V.topk(min(TOP, len(one_V))).indices
+            differences.append((one_V[top] - tree_V[top]).abs())
+    return NOISE_FACTOR * float(torch.cat(differences).quantile(NOISE_QUANTILE))
+
+
+def decode_logits(target: HFTarget, prompt: list[int], tokens: list[int]) -> list[Tensor]:
+    """float32 [V] before each of `tokens`, one forward a token."""
+    seq = _begin(target, prompt, len(prompt) - 1 + len(tokens))
+    return [_decode_one(target, seq, root) for root in [prompt[-1], *tokens[:-1]]]
+
+
+def verify_logits(target: HFTarget, prompt: list[int], tokens: list[int], nodes: int) -> list[Tensor]:
+    """The same, with chains of `nodes` nodes verified at once."""
+    seq = _begin(target, prompt, len(prompt) - 1 + len(tokens))
+    roots, rows = [prompt[-1], *tokens[:-1]], []
+    for i in range(0, len(roots), nodes):
+        chain = roots[i : i + nodes]
+        rows += list(target.score([seq], [TokenTree.chain(chain)]).logits_BNV[0, : len(chain)].float())
+        target.keep(0, list(range(len(chain))))
+    return rows
+
+
+def _begin(target: HFTarget, prompt: list[int], length: int) -> Sequence:
+    target.needs_hidden = ()
+    target.reserve(1, max(length, len(prompt)))
+    target.prefill(0, prompt[:-1])
+    return Sequence(0, list(prompt), 1, Philox())
+
+
+def _decode_one(target: HFTarget, seq: Sequence, root: int) -> Tensor:
+    logits_V = target.score([seq], [TokenTree([root])]).logits_BNV[0, 0].float()
+    target.keep(0, [0])
+    return logits_V

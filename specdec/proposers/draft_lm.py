@@ -1,0 +1,158 @@
+"""A draft language model (Leviathan 2211.17192, Chen 2302.01318): any causal LM with the target's tokenizer.
+
+It keeps a cache of its own, which is rolled back to the accepted path after every verdict. With `layers` it is the
+target itself, cut after its first layers. Shapes: N nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..loading import pretrained
+from ..target import HFTarget, decoder_layers
+from ..tree import TokenTree, Verdict
+from ..trees import DraftLaw
+from .base import Grown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..decode import Sequence
+    from ..target import TargetOutput
+    from ..trees import TreePolicy
+
+
+@dataclass
+class _Draft:
+    """Scored nodes of the working tree: the tokens that the draft's cache lags behind, the root, and its subtree."""
+
+    lag: int
+    scored: int = 0
+
+
+class DraftLM(Grown):
+    """Drafts with a smaller model.
+
+    path         folder or hub id of the draft; or
+    layers       how many of the target's own first layers draft
+    temperature  of the draft's laws, where the tree draws from them
+    """
+
+    def __init__(
+        self,
+        target: HFTarget,
+        tree: TreePolicy,
+        *,
+        path: str | None = None,
+        layers: int | None = None,
+        temperature: float = 1.0,
+        dtype: str = "auto",
+    ) -> None:
+        super().__init__(target, tree)
+        if (path is None) == (layers is None):
+            raise ValueError(
+                f"proposer=draft_lm got path={path}, layers={layers}: expected one of proposer.path=ID_OR_FOLDER "
+                "and proposer.layers=8 (the target's first layers)"
+            )
+        if temperature <= 0:
+            raise ValueError(f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1")
+        self.temperature = temperature
+        self.draft = HFTarget(first_layers(target.model, layers) if path is None else self._load(path, dtype))
+
+    def _load(self, path: str, dtype: str) -> PreTrainedModel:
+        loaded = pretrained(path, dtype, str(self.target.device))
+        check_same_tokenizer(self.target.tokenizer, loaded.tokenizer, path)
+        return loaded.model
+
+    @property
+    def assistant(self) -> PreTrainedModel:
+        """The draft model, for the `hf_assisted` baseline."""
+        return self.draft.model
+
+    def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
+        self.draft.reserve(len(seqs), max(len(s.tokens) + s.max_new_tokens for s in seqs))
+        for seq in seqs:
+            self.draft.prefill(seq.slot, seq.tokens[:-1])
+
+    def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
+        for seq in seqs:
+            seq.draft = _Draft(len(seq.tokens) - 1 - self.draft.cache.lengths[seq.slot])
+        return super().propose(seqs)
+
+    def expand(
+        self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
+    ) -> list[list[DraftLaw]]:
+        working = [self._working_tree(s, t) for s, t in zip(seqs, trees, strict=True)]
+        since = min(s.draft.scored for s in seqs)
+        out = self.draft.score(seqs, working, since)
+        for seq, tree in zip(seqs, working, strict=True):
+            seq.draft.scored = len(tree)
+        return [
+            [self._law(logits_NV[seq.draft.lag + node - since]) for node in frontier]
+            for seq, frontier, logits_NV in zip(seqs, frontiers, out.logits_BNV, strict=True)
+        ]
+
+    def _working_tree(self, seq: Sequence, tree: TokenTree) -> TokenTree:
+        """`tree` behind the committed tokens that the draft has not cached."""
+        lag = seq.draft.lag
+        missed = seq.tokens[len(seq.tokens) - 1 - lag : -1]
+        parents = list(range(-1, lag - 1)) + [lag - 1 if p < 0 else lag + p for p in tree.parents_N]
+        blank = [-1] * len(parents)
+        return TokenTree(missed + tree.tokens_N, parents, [], blank, [0.0] * len(parents))
+
+    def _law(self, logits_V: Tensor) -> DraftLaw:
+        """Over the common vocabulary only: ids that the target does not know are masked before q is formed."""
+        common = min(self.draft.vocab, self.target.vocab)
+        logq_V = torch.log_softmax(logits_V[:common].float() / self.temperature, dim=-1)
+        tokens_V = None if common == self.target.vocab else torch.arange(common, device=logits_V.device)
+        return DraftLaw(logq_V, self.target.vocab, tokens_V)
+
+    def observe(
+        self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
+    ) -> None:
+        for seq, verdict in zip(seqs, verdicts, strict=True):
+            lag, scored = seq.draft.lag, seq.draft.scored
+            rows = [*range(lag + 1), *(lag + n for n in verdict.path_A)]
+            self.draft.keep(seq.slot, [r for r in rows if r < scored])
+
+
+def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A causal LM that shares the model's weights and stops after its first layers."""
+    total = len(decoder_layers(model))
+    if not 1 <= layers <= total:
+        raise ValueError(f"proposer.layers is {layers}, expected 1 to {total} for this target: proposer.layers=8")
+    cut = copy.copy(model)
+    cut.config = copy.deepcopy(model.config)
+    cut._modules = dict(model._modules)
+    base = copy.copy(model.base_model)
+    base._modules = dict(model.base_model._modules)
+    base.config = cut.config
+    name = next(n for n, m in base._modules.items() if m is decoder_layers(model))
+    base._modules[name] = nn.ModuleList(list(decoder_layers(model))[:layers])
+    cut._modules[model.base_model_prefix] = base
+    text = cut.config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return cut
+
+
+def check_same_tokenizer(
+    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, path: str
+) -> None:
+    """ValueError unless the two give every token the same id; padded embeddings don't matter."""
+    if target is None or draft is None:
+        return
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    token = next(t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t))
+    raise ValueError(
+        f"the draft {path} has another tokenizer than the target: {token!r} is {theirs.get(token)} there and "
+        f"{ours.get(token)} here; choose a draft of the same family with proposer.path=, or proposer.layers=8"
+    )

@@ -1,0 +1,157 @@
+"""Medusa heads (Cai et al. 2024, arXiv:2401.10774): small residual heads that read what the target's LM head reads.
+
+Head k (1-based) says what stands k tokens behind the one that the LM head predicts there. The law at a node depends
+on its depth alone. Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..tree import TokenTree, Verdict
+from ..trees import DraftLaw
+from ..zoo import zoo_file
+from .base import Grown
+
+if TYPE_CHECKING:
+    from ..decode import Sequence
+    from ..target import HFTarget, TargetOutput
+    from ..trees import TreePolicy
+
+
+@dataclass(frozen=True)
+class MedusaInfo:
+    """What a file of heads says of itself. accuracy_KR[k][r]: how often head k's rank-r token was right, held out."""
+
+    heads: int
+    width: int
+    target: str
+    fingerprint: str
+    accuracy_KR: list[list[float]]
+
+
+class MedusaHeads(nn.Module):
+    """K residual blocks, h + silu(h W_k + b_k), before the target's LM head cut to U tokens.
+
+    W and b start at zero, so an untrained head repeats the LM head.
+    """
+
+    def __init__(self, heads: int, lm_head_UD: Tensor, tokens_U: Tensor) -> None:
+        super().__init__()
+        width = lm_head_UD.shape[1]
+        self.weight_KDD = nn.Parameter(torch.zeros(heads, width, width))
+        self.bias_KD = nn.Parameter(torch.zeros(heads, width))
+        self.register_buffer("lm_head_UD", lm_head_UD, persistent=False)
+        self.register_buffer("tokens_U", tokens_U)
+
+    def forward(self, hidden_XD: Tensor) -> Tensor:
+        """Logits [K, X, U] over the draft vocabulary."""
+        turned_KXD = torch.einsum("xd,kde->kxe", hidden_XD, self.weight_KDD) + self.bias_KD.unsqueeze(1)
+        return F.linear(hidden_XD + F.silu(turned_KXD), self.lm_head_UD)
+
+    def save(self, path: Path, info: MedusaInfo) -> None:
+        """Weights in bfloat16 and the draft vocabulary, as safetensors with `info` in its metadata."""
+        tensors = {k: v.to(torch.int32 if k == "tokens_U" else torch.bfloat16) for k, v in self.state_dict().items()}
+        save_file(tensors, path, metadata={"medusa": json.dumps(asdict(info))})
+
+    @classmethod
+    def load(cls, path: Path, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo]:
+        """Heads on the target's device and dtype. ValueError: not such a file, damaged, or for another target."""
+        try:
+            with safe_open(path, "pt") as file:
+                info = MedusaInfo(**json.loads(file.metadata()["medusa"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"proposer.heads={path} is no file of Medusa heads ({error}); train one: "
+                "python -m specdec.train head=medusa"
+            ) from error
+        _check(path, info, tensors, target)
+        tokens_U = tensors["tokens_U"].long().to(target.device)
+        heads = cls(info.heads, target.lm_head[tokens_U], tokens_U)
+        heads.load_state_dict(tensors | {"tokens_U": tokens_U.cpu()})
+        return heads.to(target.device, target.dtype).eval().requires_grad_(False), info
+
+
+def _check(path: Path, info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> None:
+    fix = "choose heads trained for this target with proposer.heads=FILE, or train: python -m specdec.train head=medusa"
+    if info.fingerprint != target.fingerprint:
+        raise ValueError(
+            f"{path.name} was trained for {info.target} (fingerprint {info.fingerprint}), "
+            f"this target is {target.name} ({target.fingerprint}); {fix}"
+        )
+    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors.values()):
+        raise ValueError(f"{path.name} holds weights that are not finite; {fix}")
+
+
+class Medusa(Grown):
+    """Drafts with Medusa heads.
+
+    heads        file of heads, or the name of one in the zoo
+    temperature  of the draft's laws, where the tree draws from them
+    """
+
+    needs_hidden: ClassVar = ("final",)
+
+    def __init__(
+        self, target: HFTarget, tree: TreePolicy, *, heads: str = "smollm2-135m-medusa", temperature: float = 1.0
+    ) -> None:
+        super().__init__(target, tree)
+        if temperature <= 0:
+            raise ValueError(f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1")
+        self.temperature = temperature
+        self.heads, self.info = MedusaHeads.load(zoo_file(heads), target)
+        self.tree = tree.fitted(self.info.accuracy_KR)
+
+    def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
+        for seq, taps in zip(seqs, hidden, strict=True):
+            seq.draft = _Draft(taps["final"][-1:])
+
+    def levels(self, seq: Sequence) -> int:
+        return min(super().levels(seq), len(seq.draft.laws))
+
+    def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
+        self._run_heads([s.draft for s in seqs if len(s.draft.hidden_1D)])
+        return super().propose(seqs)
+
+    @torch.inference_mode()
+    def _run_heads(self, drafts: list[_Draft]) -> None:
+        if not drafts:
+            return
+        logits_KBU = self.heads(torch.cat([d.hidden_1D for d in drafts])).float()
+        logq_KBU = torch.log_softmax(logits_KBU / self.temperature, dim=-1)
+        for b, draft in enumerate(drafts):
+            draft.laws = [DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in logq_KBU[:, b]]
+
+    def expand(
+        self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
+    ) -> list[list[DraftLaw]]:
+        depths = [tree.depth_N for tree in trees]
+        return [
+            [seq.draft.laws[depth_N[node]] for node in frontier]
+            for seq, depth_N, frontier in zip(seqs, depths, frontiers, strict=True)
+        ]
+
+    def observe(
+        self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
+    ) -> None:
+        for b, (seq, verdict) in enumerate(zip(seqs, verdicts, strict=True)):
+            end = verdict.path_A[-1] if verdict.path_A else 0
+            seq.draft = _Draft(out.hidden["final"][b, end : end + 1])
+
+
+@dataclass
+class _Draft:
+    """What the LM head read when it said the current root (no row if nothing was prefilled), and the laws by depth."""
+
+    hidden_1D: Tensor
+    laws: list[DraftLaw] = field(default_factory=list)

@@ -1,0 +1,301 @@
+"""The target: an unmodified `transformers` causal LM that scores token trees over a KV cache of our own.
+
+Shapes: B batch, N nodes, T rows of a chunk, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec_kernels import TreeMask, tree_attention
+
+from .cache import SlotCache
+from .packed import packed_forward, replaced
+from .tree import TokenTree, TreeBatch, Verdict
+
+if TYPE_CHECKING:
+    from .decode import Sequence
+
+ATTENTION = "specdec"
+PREFILL_CHUNK = 512
+SLACK = 128  # rows behind the longest text: a tree and its padding
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+Tap = int | str
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree_mask: TreeMask | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    readers: dict[nn.Module, int | None] | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """What the models call for attention, by way of the attention registry: [B, T, H, D].
+
+    readers  collects who called, and with which window
+    """
+    causal = getattr(module, "is_causal", True)
+    if tree_mask is None or attention_mask is not None or position_bias is not None or not causal:
+        raise ValueError(
+            f"{type(module).__name__} calls attention in a way that a token tree does not support "
+            "(its own mask, a position bias, both directions, or no tree); choose another target.path"
+        )
+    if readers is not None:
+        readers[module] = sliding_window
+    out_BHTD = tree_attention(
+        query,
+        key,
+        value,
+        tree_mask,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=sliding_window,
+        softcap=softcap,
+        sinks_H=s_aux,
+    )
+    return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@dataclass
+class TargetOutput:
+    """Scores of one step. logits_BNV rows past a tree's own nodes are padding; hidden[tap] is [B, N, D]."""
+
+    logits_BNV: Tensor
+    hidden: dict[Tap, Tensor]
+
+
+class HFTarget:
+    """Scores trees with a causal LM and keeps its cache.
+
+    model         in eval mode; its attention implementation is switched to ours
+    needs_hidden  taps to return: integer i is the residual entering layer i, "final" what the LM head reads
+    ValueError: a model whose state can't be rolled back, or that does not use the attention registry
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        needs_hidden: tuple[Tap, ...] = (),
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        fingerprint: str = "",
+    ) -> None:
+        self.model, self.config = model, model.config.get_text_config()
+        refuse_unsupported(self.config, model)
+        self.needs_hidden = needs_hidden
+        self.tokenizer, self.name, self.fingerprint = tokenizer, name, fingerprint
+        self.layers = decoder_layers(model)
+        self.vocab: int = self.config.vocab_size
+        self.max_length = longest_text(self.config)
+        self.device, self.dtype = model.device, model.dtype
+        self._head = model.get_output_embeddings()
+        self._head_forward = packed_forward(self._head)
+        self.cache = SlotCache(len(self.layers), 1, 0)
+        model.set_attn_implementation(ATTENTION)
+        self._probe()
+
+    @property
+    def lm_head(self) -> Tensor:
+        """The LM head's weight [V, D]."""
+        return self.model.get_output_embeddings().weight.detach()
+
+    @torch.inference_mode()
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` sequences of up to `length` tokens, and forget what was cached."""
+        if length > self.max_length:
+            raise ValueError(
+                f"{length} tokens of prompt and answer exceed the model's {self.max_length}: "
+                "lower max_new_tokens=, or choose shorter prompts (data.limit=, data.categories=)"
+            )
+        if slots > self.cache.slots or length + SLACK > self.cache.rows:
+            self.cache = SlotCache(len(self.layers), slots, length + SLACK)
+        self.cache.clear()
+
+    def prefill(self, slot: int, tokens: list[int]) -> dict[Tap, Tensor]:
+        """Append committed tokens to a slot; returns the taps [len(tokens), D] of all of them."""
+        chunks = [tokens[i : i + PREFILL_CHUNK] for i in range(0, len(tokens), PREFILL_CHUNK)]
+        taps = [self._append(slot, chunk) for chunk in chunks]
+        empty = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return {tap: torch.cat([empty, *(t[tap] for t in taps)]) for tap in self.needs_hidden}
+
+    def _append(self, slot: int, chunk: list[int]) -> dict[Tap, Tensor]:
+        T = self._padded(len(chunk))
+        tokens_1T = torch.tensor([chunk + [0] * (T - len(chunk))], device=self.device)
+        depth_1T = torch.arange(T, device=self.device).unsqueeze(0)
+        causal_1TT = torch.ones(1, T, T, dtype=torch.bool, device=self.device).tril()
+        _, hidden = self._forward([slot], tokens_1T, depth_1T, causal_1TT, self.model.base_model)
+        self.cache.lengths[slot] += len(chunk)
+        return {tap: h_1TD[0, : len(chunk)] for tap, h_1TD in hidden.items()}
+
+    def score(self, seqs: list[Sequence], trees: list[TokenTree], since: int = 0) -> TargetOutput:
+        """One forward over the nodes [since, N) of every tree; earlier nodes were scored by an earlier call.
+
+        Slots between those of `seqs` run along with a lone root: cheaper than copying the cache without them.
+        """
+        first, last = min(s.slot for s in seqs), max(s.slot for s in seqs)
+        trees_of = {s.slot: tree for s, tree in zip(seqs, trees, strict=True)}
+        span = list(range(first, last + 1))
+        nodes = since + self._padded(max(map(len, trees)) - since)
+        batch = TreeBatch.pack([trees_of.get(slot) or TokenTree([0]) for slot in span], nodes, self.device)
+        logits_BNV, hidden = self._forward(
+            span,
+            batch.tokens_BN[:, since:],
+            batch.depth_BN,
+            batch.ancestors_BNN[:, since:],
+            self.model,
+        )
+        rows = [s.slot - first for s in seqs]
+        if rows == list(range(len(span))):
+            return TargetOutput(logits_BNV, hidden)
+        return TargetOutput(logits_BNV[rows], {tap: h_BND[rows] for tap, h_BND in hidden.items()})
+
+    def commit(self, seqs: list[Sequence], verdicts: list[Verdict]) -> None:
+        """Keep the rows of each root and accepted path, in order."""
+        for seq, verdict in zip(seqs, verdicts, strict=True):
+            self.keep(seq.slot, [0, *verdict.path_A])
+
+    @torch.inference_mode()
+    def keep(self, slot: int, rows_K: list[int]) -> None:
+        """Commit some rows of the tree last scored in a slot, ascending, and forget the others."""
+        self.cache.keep(slot, rows_K)
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        slots: list[int],
+        tokens_BT: Tensor,
+        depth_BC: Tensor,
+        ancestors_BTC: Tensor,
+        module: nn.Module,
+        **kwargs: object,
+    ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
+        T, C = ancestors_BTC.shape[1:]
+        prefix_B = self.cache.prefix(slots, self.device)
+        starts = [self.cache.lengths[s] + C - T for s in slots]
+        self.cache.aim(slots, starts, max(starts) + T)
+        position_BT = prefix_B.unsqueeze(1) + depth_BC[:, C - T :]
+        with (
+            tapped(self.model.base_model.get_decoder(), self.layers, self.needs_hidden) as hidden,
+            replaced(self._head, self._head_forward),
+        ):
+            out = module(
+                input_ids=tokens_BT,
+                # Nodes and padding past the longest text are never emitted, but need a position that exists.
+                position_ids=position_BT.clamp(max=self.max_length - 1),
+                past_key_values=self.cache,
+                use_cache=True,
+                tree_mask=TreeMask(prefix_B, depth_BC, ancestors_BTC),
+                **kwargs,
+            )
+        return getattr(out, "logits", None), hidden
+
+    def _padded(self, rows: int) -> int:
+        """Rows to run for `rows`: oneDNN compiles 16-bit products anew for every shape, so keep to a few."""
+        if self.dtype == torch.float32 or rows == 1:
+            return rows
+        granule = 8 if rows <= 64 else 64
+        return -(-rows // granule) * granule
+
+    def _probe(self) -> None:
+        """ValueError unless a small tree shows that attention, window and positions are left to us."""
+        self.reserve(1, 1)
+        batch = TreeBatch.pack([TokenTree([1, 2, 2], [-1, 0, 0])], self._padded(3), self.device)
+        readers: dict[nn.Module, int | None] = {}
+        logits_1NV, _ = self._forward(
+            [0], batch.tokens_BN, batch.depth_BN, batch.ancestors_BNN, self.model, readers=readers
+        )
+        name, (one_V, twin_V) = type(self.model).__name__, logits_1NV[0, 1:3].float()
+        if len(readers) != len(self.layers):
+            problem = f"calls the attention registry in {len(readers)} of {len(self.layers)} layers"
+        elif slides(self.config) and not any(readers.values()):
+            problem = f"applies its window of {self.config.sliding_window} by a mask of its own"
+        elif (one_V - twin_V).abs().max() > one_V.abs().max() * torch.finfo(self.dtype).eps ** 0.5:
+            problem = "tells siblings with the same token apart, so it counts positions itself"
+        else:
+            return
+        raise ValueError(f"{name} {problem}: it can't score trees; choose another target.path")
+
+
+def refuse_unsupported(config: PreTrainedConfig, model: PreTrainedModel) -> None:
+    """ValueError for models whose state can't drop rejected tokens, or that aren't decoders."""
+    if model.config.is_encoder_decoder or config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; expected a causal LM in target.path")
+    kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS
+    if model._is_stateful or kinds:
+        raise ValueError(
+            f"{type(model).__name__} keeps a state that can't be rolled back after a rejection "
+            f"({', '.join(sorted(kinds)) or 'recurrent'} layers); expected full or sliding attention: "
+            "choose another target.path"
+        )
+
+
+def longest_text(config: PreTrainedConfig) -> int:
+    """Tokens a text may have. Past its first length longrope turns every angle, of cached keys too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    long = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return long or getattr(config, "max_position_embeddings", None) or 2**31
+
+
+def slides(config: PreTrainedConfig) -> bool:
+    """Whether a layer has a sliding window that is shorter than the longest text."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
+    return bool(used and 0 < (getattr(config, "sliding_window", None) or 0) < longest_text(config))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a causal LM, or of the language model in a multimodal one."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists = (
+        m
+        for m in model.base_model.get_decoder().modules()
+        if isinstance(m, nn.ModuleList) and len(m) == wanted
+    )
+    if (layers := next(lists, None)) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {wanted} layers to tap; choose another target.path"
+        )
+    return layers
+
+
+@contextmanager
+def tapped(base: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...]) -> Iterator[dict[Tap, Tensor]]:
+    """Collect the taps of the forwards inside: [B, T, D] each."""
+    hidden: dict[Tap, Tensor] = {}
+
+    def entering(tap: int) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden[tap] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def final(_: nn.Module, __: tuple, out: object) -> None:
+        hidden["final"] = out.last_hidden_state
+
+    handles = [
+        layers[t].register_forward_pre_hook(entering(t), with_kwargs=True) for t in taps if t != "final"
+    ]
+    handles += [base.register_forward_hook(final)] if "final" in taps else []
+    try:
+        yield hidden
+    finally:
+        for handle in handles:
+            handle.remove()
