@@ -156,11 +156,7 @@ class HFTarget:
         nodes = since + self._padded(max(map(len, trees)) - since)
         batch = TreeBatch.pack([trees_of.get(slot) or TokenTree([0]) for slot in span], nodes, self.device)
         logits_BNV, hidden = self._forward(
-            span,
-            batch.tokens_BN[:, since:],
-            batch.depth_BN,
-            batch.ancestors_BNN[:, since:],
-            self.model,
+            span, batch.tokens_BN[:, since:], batch.depth_BN, batch.ancestors_BNN[:, since:], self.model
         )
         rows = [s.slot - first for s in seqs]
         if rows == list(range(len(span))):
