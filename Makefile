@@ -15,7 +15,7 @@ demo: setup
 	$(PY) -m specdec.run -m experiment=demo
 
 test: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --nbmake tests notebooks
 
 test-fast: setup
 	$(PY) -m pytest -q -m "not slow"
