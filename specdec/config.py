@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._paths import conf_dir
 from .accept import Rule
-from .baselines import check_baseline
+from .baselines import NAMES, check_baseline
 from .data import Conversation
+from .hardware import Hardware
 from .loading import Loaded
 from .measure import Experiment, Settings
 from .proposers.base import Proposer
@@ -23,26 +27,46 @@ from .trees import TreePolicy
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SETTINGS = ("max_new_tokens", "batch_size", "baseline", "repeats", "warmup", "seed")
+NAMED = ("proposer", "tree", "accept", "data")
+KINDS = {"int": int, "float": int | float, "bool": bool, "None": type(None), "str": object}
+KINDS |= {"list": list, "tuple": list, "Sequence": list, "dict": dict}
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "keys and values"}
 
 
 def load_config(overrides: list[str] | None = None, name: str = "config") -> DictConfig:
-    """The config of `python -m specdec.run` with these overrides. ValueError: an unknown key or choice, with the nearest."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    """The config of `python -m specdec.run` with these overrides. ValueError: an unknown key or choice."""
+    from hydra import initialize_config_dir
+    from omegaconf import open_dict
 
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         check_overrides(overrides or [], name)
-        try:
-            return compose(name, overrides or [])
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(str(error)) from error
+        cfg = _compose(name, overrides or [])
+    with open_dict(cfg):
+        return with_names(cfg, cfg.pop("hydra").runtime.choices)
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    from hydra import compose
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return compose(name, overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def with_names(cfg: DictConfig, choices: dict[str, str]) -> DictConfig:
+    """The config, with what was chosen in each group as `names`."""
+    from omegaconf import open_dict
+
+    with open_dict(cfg):
+        cfg.names = {group: choices[group] for group in NAMED if choices.get(group)}
+    return cfg
 
 
 def check_overrides(overrides: list[str], name: str = "config") -> None:
     """ValueError for a key or a choice that does not exist; call it inside an initialised Hydra."""
-    from hydra import compose
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
     from omegaconf import OmegaConf
@@ -50,31 +74,31 @@ def check_overrides(overrides: list[str], name: str = "config") -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise ValueError(f"{error.override!r} is no override (KEY=VALUE): {error}") from error
+        reason = str(error).splitlines()[1]
+        raise ValueError(f"{error.override!r} is no override, expected KEY=VALUE: {reason}") from error
     chosen = []
     for one in parsed:
         choices = _choices(one.key_or_group)
         if choices and not one.is_delete():
             values = [str(v) for v in (one.sweep_iterator() if one.is_sweep_override() else [one.value()])]
             for value in values:
-                _expect_known(value, choices, f"{one.key_or_group}={value}")
+                expect_known(value, choices, f"{one.key_or_group}={value}")
             chosen.append(f"{one.key_or_group}={values[0]}")
-    keys = set(_dotted(OmegaConf.to_container(compose(name, chosen), resolve=False)))
-    for one in parsed:
-        key = one.key_or_group
-        if not one.is_add() and not one.is_force_add() and not _choices(key) and not key.startswith("hydra."):
-            _expect_known(key, sorted(keys), f"override {key}")
+    keys = sorted(_dotted(OmegaConf.to_container(_compose(name, chosen), resolve=False)))
+    ours = [key for key in keys if not key.startswith("hydra.")]
+    for key in (one.key_or_group for one in parsed if not one.is_add() and not one.is_force_add()):
+        if not _choices(key) and not key.startswith("hydra."):
+            expect_known(key, ours, f"override {key}")
 
 
 def _choices(group: str) -> list[str]:
     folder = Path(conf_dir(), group)
-    if "." in group or not folder.is_dir():
-        return []
     return sorted(p.stem for p in folder.glob("*.yaml")) + (["null"] if group == "experiment" else [])
 
 
-def _expect_known(value: str, known: list[str], what: str) -> None:
-    if value in known or value == "None" and "null" in known:
+def expect_known(value: str, known: list[str], what: str) -> None:
+    """ValueError that names the nearest, unless `value` is one of `known`."""
+    if value in known or (value == "None" and "null" in known):
         return
     tail = [k for k in known if k.rpartition(".")[2] == value.rpartition(".")[2]]
     near = tail or difflib.get_close_matches(value, known, n=1, cutoff=0.0)
@@ -89,98 +113,177 @@ def _dotted(node: dict, prefix: str = "") -> Iterator[str]:
             yield from _dotted(value, f"{prefix}{key}.")
 
 
-def build(cfg: DictConfig) -> Experiment:
-    """The objects of a run. What can be refused without a model is refused before one is loaded."""
-    settings = Settings(**{k: _plain(cfg[k]) for k in SETTINGS}, chat=cfg.data.chat)
-    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.top_k)
+@dataclass(frozen=True)
+class Plan:
+    """A run that waits for its model: all that can be refused without one has been checked."""
+
+    settings: Settings
+    sampling: Sampling
+    tree: TreePolicy
+    accept: Rule
+    hardware: Hardware
+    conversations: list[Conversation]
+    names: dict[str, str]
+    make_proposer: Callable[[HFTarget, TreePolicy], Proposer]
+    load_target: Callable[[], Loaded]
+
+    def load(self) -> Experiment:
+        """With the model, and the proposer that needs it."""
+        loaded = self.load_target()
+        target = as_target(loaded)
+        proposer = self.make_proposer(target, self.tree)
+        if not isinstance(proposer, Proposer):
+            raise ValueError(
+                f"proposer._target_ made a {type(proposer).__name__}, expected a specdec.Proposer"
+            )
+        return Experiment(
+            target=target,
+            proposer=proposer,
+            accept=self.accept,
+            sampling=self.sampling,
+            conversations=self.conversations,
+            settings=self.settings,
+            stop_ids=loaded.stop_ids,
+            hardware=self.hardware,
+            names={**self.names, "target": loaded.name},
+        )
+
+
+def prepare(cfg: DictConfig) -> Plan:
+    """Everything of a run but its model. ValueError for what can be refused without one."""
+    settings = Settings(**_checked(Settings, cfg), chat=cfg.data.chat)
+    sampling = Sampling(**_checked(Sampling, cfg))
     tree, accept, hardware = (make(cfg[name], cfg.allow) for name in ("tree", "accept", "hardware"))
     check_combination(tree, accept, sampling)
-    for baseline in settings.baseline:
-        if baseline != "none":
-            check_baseline(baseline, settings.batch_size)
-    conversations = load_conversations(cfg)
-    proposer = make(cfg.proposer, cfg.allow, partial=True)
-    loaded = load_target(cfg)
-    target = as_target(loaded)
-    return Experiment(
-        target=target,
-        proposer=_proposer(proposer, target, tree),
-        accept=accept,
-        sampling=sampling,
-        conversations=conversations,
-        settings=settings,
-        stop_ids=loaded.stop_ids,
-        hardware=hardware,
-        names={**choices_of(cfg), "target": loaded.name},
-    )
+    make_proposer = make(cfg.proposer, cfg.allow, partial=True)
+    check_baselines(settings, make_proposer.func)
+    rest = load_conversations(cfg), names_of(cfg), make_proposer, functools.partial(load_target, cfg)
+    return Plan(settings, sampling, tree, accept, hardware, *rest)
+
+
+def build(cfg: DictConfig) -> Experiment:
+    """The objects of a run. What can be refused without a model is refused before one is loaded."""
+    return prepare(cfg).load()
 
 
 def as_target(loaded: Loaded) -> HFTarget:
     """A loaded model, ready to score trees."""
-    tokenizer = loaded.tokenizer or Bytes()
-    return HFTarget(loaded.model, tokenizer=tokenizer, name=loaded.name, fingerprint=loaded.fingerprint)
-
-
-def _proposer(make_proposer: Any, target: HFTarget, tree: TreePolicy) -> Proposer:
-    proposer = make_proposer(target, tree)
-    if not isinstance(proposer, Proposer):
-        raise ValueError(f"proposer._target_ made a {type(proposer).__name__}, expected a specdec.Proposer")
-    return proposer
+    known = {"tokenizer": loaded.tokenizer or Bytes(), "name": loaded.name, "fingerprint": loaded.fingerprint}
+    return HFTarget(loaded.model, **known)
 
 
 def check_combination(tree: TreePolicy, accept: Rule, sampling: Sampling) -> None:
     """ValueError for a rule that can't judge what the tree policy drafts."""
     name = f"accept={accept.name}"
     if accept.greedy_only and sampling.temperature != 0:
-        raise ValueError(f"{name} is for temperature=0, got temperature={sampling.temperature}; use accept=match")
+        raise ValueError(
+            f"{name} is for temperature=0, got temperature={sampling.temperature}; use accept=match"
+        )
     if accept.needs_q and not tree.draws:
-        raise ValueError(f"{name} needs drafted tokens that are drawn: tree=sampled_chain or tree=sampled; or accept=match")
+        raise ValueError(
+            f"{name} needs drafted tokens that are drawn: tree=sampled_chain or tree=sampled; or accept=match"
+        )
     if accept.chain_only and not tree.chain:
         raise ValueError(f"{name} judges chains, this tree branches: tree=sampled_chain, or accept=recursive")
     if accept.deterministic_only and tree.draws:
-        raise ValueError(f"{name} is for deterministic drafts, this tree draws: tree=static, or accept=recursive")
+        raise ValueError(
+            f"{name} is for deterministic drafts, this tree draws: tree=static, or accept=recursive"
+        )
 
 
-def make(node: DictConfig | dict, allow: list[str] = (), *, partial: bool = False) -> Any:
-    """Instantiate a node, refusing a _target_ outside specdec and the packages in `allow`."""
+def check_baselines(settings: Settings, proposer: type) -> None:
+    """ValueError for a baseline that does not exist, or can't run with these settings or this proposer."""
+    for name in settings.baseline:
+        expect_known(str(name), ["none", *NAMES], f"baseline=[{name}]")
+        if name != "none":
+            check_baseline(name, settings.batch_size)
+    if "hf_assisted" in settings.baseline and not hasattr(proposer, "assistant"):
+        raise ValueError(
+            f"baseline=[hf_assisted] needs a draft model, {proposer.__name__} has none: "
+            "proposer=draft_lm, or baseline=[none,hf]"
+        )
+
+
+def make(node: DictConfig | dict, allow: Sequence[str] = (), *, partial: bool = False) -> Any:
+    """Instantiate a node of a config, with `partial` all but call it.
+
+    ValueError: a _target_ outside specdec and the packages in `allow`, or one that does not take these keys.
+    """
     from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    from hydra.utils import get_object, instantiate
     from omegaconf import OmegaConf
 
-    plain = OmegaConf.to_container(node, resolve=True) if not isinstance(node, dict) else node
+    at = "" if isinstance(node, dict) else f"{node._get_full_key(None)}."
+    plain = node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True)
     for target in _targets(plain):
         if target.partition(".")[0] not in ("specdec", *allow):
             raise ValueError(
-                f"_target_ {target} lies outside specdec and would run code of its own; "
+                f"{at}_target_ {target} lies outside specdec and would run code of its own; "
                 f"if you trust it: allow=[{target.partition('.')[0]}]"
             )
     try:
+        made = get_object(plain["_target_"])
+        check_arguments(made, {k: v for k, v in plain.items() if not k.startswith("_")}, at)
         return instantiate(plain, _convert_="all", _partial_=partial)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{at}_target_={plain['_target_']} can't be imported: {reason}") from error
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError | ImportError | OSError):
             raise error.__cause__ from None
         raise
 
 
+def check_arguments(function: Callable, given: dict[str, Any], at: str = "") -> None:
+    """ValueError for a key that is no parameter of `function`, or a value that it can't be."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for key, value in ((k, v) for k, v in given.items() if k in parameters or not takes_any):
+        expect_known(key, sorted(parameters), f"{at}{key}")
+        kinds = _kinds(parameters[key].annotation)
+        if not any(isinstance(value, KINDS[k]) and (k == "bool" or type(value) is not bool) for k in kinds):
+            example = f"[{value}]" if list in map(KINDS.get, kinds) else parameters[key].default
+            wanted = " or ".join("null" if k == "None" else WORDS.get(k, "a list") for k in kinds)
+            raise ValueError(f"{at}{key} is {value!r}, expected {wanted}: {at}{key}={example}")
+
+
+def _kinds(annotation: Any) -> list[str]:
+    """The kinds that an annotation such as `int | None` allows; any kind where it says more than that."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = [word.partition("[")[0].rpartition(".")[2] for word in text.split(" | ")]
+    return kinds if all(k in KINDS for k in kinds) else ["str", "bool"]
+
+
+def _checked(function: Callable, cfg: DictConfig) -> dict[str, Any]:
+    """What the config's top level has for the parameters of `function`."""
+    from omegaconf import OmegaConf
+
+    keys = [key for key in inspect.signature(function).parameters if key in cfg]
+    given = OmegaConf.to_container(OmegaConf.masked_copy(cfg, keys), resolve=True)
+    check_arguments(function, given)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
 def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield str(node["_target_"])
-        for value in node.values():
-            yield from _targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
+    if isinstance(node, dict) and "_target_" in node:
+        yield str(node["_target_"])
+    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _targets(item)
 
 
-def choices_of(cfg: DictConfig) -> dict[str, str]:
-    """What the summary calls target, proposer, tree, accept and data: the last part of their _target_."""
-    return {name: str(cfg[name]._target_).rpartition(".")[2] for name in ("target", "proposer", "tree", "accept", "data")}
+def names_of(cfg: DictConfig) -> dict[str, str]:
+    """What the summary calls each of NAMED: the choice made, else the last part of its _target_."""
+    return {g: str(cfg[g]._target_).rpartition(".")[2] for g in NAMED} | dict(cfg.get("names", {}))
 
 
 def load_conversations(cfg: DictConfig) -> list[Conversation]:
     """The prompts of `data`."""
-    return make(_without(cfg.data, "chat"), cfg.allow)
+    from omegaconf import open_dict
+
+    node = copy.deepcopy(cfg.data)
+    with open_dict(node):
+        node.pop("chat")
+    return make(node, cfg.allow)
 
 
 def load_target(cfg: DictConfig) -> Loaded:
@@ -194,16 +297,4 @@ def load_target(cfg: DictConfig) -> Loaded:
 def _load_once(yaml: str, allow: tuple[str, ...]) -> Loaded:
     from omegaconf import OmegaConf
 
-    return make(OmegaConf.create(yaml), list(allow))
-
-
-def _plain(value: Any) -> Any:
-    from omegaconf import ListConfig
-
-    return tuple(value) if isinstance(value, ListConfig) else value
-
-
-def _without(node: DictConfig, key: str) -> dict:
-    from omegaconf import OmegaConf
-
-    return {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k != key}
+    return make(OmegaConf.create({"target": OmegaConf.create(yaml)}).target, allow)

@@ -47,7 +47,9 @@ class Sequence:
         if not self.tokens:
             raise ValueError(f"request {self.request} has an empty prompt; expected at least one token")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more: max_new_tokens=128")
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}, expected 1 or more: max_new_tokens=128"
+            )
 
     @property
     def new_tokens(self) -> list[int]:
@@ -114,7 +116,7 @@ def decode(
     seqs: list[Sequence],
     clock: Clock | None = None,
 ) -> Iterator[list[tuple[Sequence, StepRecord]]]:
-    """Extend the sequences in place; yields, first, an empty list when prefill is done, then each step's records."""
+    """Extend the sequences in place; yields an empty list when prefill is done, then each step's records."""
     clock = clock or Clock(target.device)
     clock.lap("host")
     prefill(target, proposer, seqs)
@@ -134,17 +136,12 @@ def decode(
         clock.lap("commit")
         proposer.observe(live, trees, verdicts, out)
         clock.lap("propose")
-        kept = [
-            advance(seq, tree, verdict) for seq, tree, verdict in zip(live, trees, verdicts, strict=True)
-        ]
+        kept = [advance(seq, tree, verdict) for seq, tree, verdict in zip(live, trees, verdicts, strict=True)]
         ended = clock.now()
         rows = [record(*row, ended - began) for row in zip(live, trees, verdicts, kept, strict=True)]
         clock.lap("host")
         yield list(zip(live, rows, strict=True))
-        began = ended
-        for seq in live:
-            if seq.done:
-                proposer.finish(seq)
+        began = clock.now()
 
 
 def prefill(target: HFTarget, proposer: Proposer, seqs: list[Sequence]) -> None:

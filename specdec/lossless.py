@@ -28,7 +28,10 @@ TOP = 10  # logits of a position that enter the noise
 
 
 def compare(
-    e: Experiment, method: list[RequestRecord], plain: list[RequestRecord] | None, prompts: dict[str, list[int]]
+    e: Experiment,
+    method: list[RequestRecord],
+    plain: list[RequestRecord] | None,
+    prompts: dict[str, list[int]],
 ) -> dict:
     """The `lossless` entry of a summary.
 
@@ -44,7 +47,8 @@ def compare(
     answers = {r.request: r.tokens for r in method if r.repeat == 0}
     differ = {q: first_difference(tokens, said[q]) for q, tokens in answers.items() if tokens != said[q]}
     divergences = [
-        {"request": q, "index": i, "top2_gap": top2_gap(e.target, prompts[q] + said[q][:i])} for q, i in differ.items()
+        {"request": q, "index": i, "top2_gap": top2_gap(e.target, prompts[q] + said[q][:i])}
+        for q, i in differ.items()
     ]
     return {"rule": True, "identical": len(answers) - len(differ), "divergences": divergences}
 
@@ -82,7 +86,10 @@ def noise_bound(target: HFTarget, texts: list[tuple[list[int], list[int]]], node
     """4 times the 99.9th percentile of |verify - decode| over the top logits of every position of the answers."""
     differences = []
     for prompt, tokens in texts:
-        decoded, verified = decode_logits(target, prompt, tokens), verify_logits(target, prompt, tokens, nodes)
+        decoded, verified = (
+            decode_logits(target, prompt, tokens),
+            verify_logits(target, prompt, tokens, nodes),
+        )
         for one_V, tree_V in zip(decoded, verified, strict=True):
             top = one_V.topk(min(TOP, len(one_V))).indices
             differences.append((one_V[top] - tree_V[top]).abs())

@@ -84,16 +84,25 @@ def write_prompts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"prompts-{first:06d}.json" for first in range(0, count, batch)]
-    for first, file in track(list(zip(range(0, count, batch), files, strict=True)), description="prompts by the target"):
+    for first, file in track(
+        list(zip(range(0, count, batch), files, strict=True)), description="prompts by the target"
+    ):
         if not file.exists():
             starts = [beginnings[(first + i) % len(beginnings)] for i in range(min(batch, count - first))]
             texts = _write_batch(target, tokenizer, starts, first, longest, seed)
             write_text_atomically(json.dumps(texts, ensure_ascii=False, indent=0), file)
-    return list(dict.fromkeys(text for file in files for text in json.loads(file.read_text(encoding="utf-8"))))
+    return list(
+        dict.fromkeys(text for file in files for text in json.loads(file.read_text(encoding="utf-8")))
+    )
 
 
 def _write_batch(
-    target: HFTarget, tokenizer: PreTrainedTokenizerBase, starts: list[str], first: int, longest: int, seed: int
+    target: HFTarget,
+    tokenizer: PreTrainedTokenizerBase,
+    starts: list[str],
+    first: int,
+    longest: int,
+    seed: int,
 ) -> list[str]:
     stop_ids = (tokenizer.eos_token_id,)
     seqs = [
@@ -113,13 +122,21 @@ def _write_batch(
 def chat_opening(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
     """Token ids of the chat template up to the first user message, and its first words."""
     if not tokenizer.chat_template:
-        raise ValueError("the target has no chat template to write prompts from; expected written=0 and data=")
+        raise ValueError(
+            "the target has no chat template to write prompts from; expected written=0 and data="
+        )
     text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
     return tokenizer.encode(text.partition(MARK)[0] + words, add_special_tokens=False)
 
 
 def write_answers(
-    target: HFTarget, prompts: list[list[int]], folder: Path, *, stop_ids: tuple[int, ...], longest: int, batch: int = 32
+    target: HFTarget,
+    prompts: list[list[int]],
+    folder: Path,
+    *,
+    stop_ids: tuple[int, ...],
+    longest: int,
+    batch: int = 32,
 ) -> list[Path]:
     """The target's greedy answers, one safetensors shard a batch; shards that are there already are kept."""
     folder.mkdir(parents=True, exist_ok=True)

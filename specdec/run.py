@@ -1,8 +1,11 @@
-"""python -m specdec.run [overrides]: answers a set of prompts with a method and its baselines, and says how they did."""
+"""python -m specdec.run [overrides]: answers prompts with a method and its baselines, says how they did."""
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import hydra
 import torch
@@ -12,69 +15,123 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ._paths import conf_dir
-from .config import build, check_overrides, make
+from .config import Plan, check_overrides, load_config, make, prepare, with_names
 from .hardware import environment
-from .measure import METHOD, Experiment, measure
+from .measure import METHOD, measure, most_turns
 from .metrics import speedup, steps_of, tokens_per_step
 from .records import RequestRecord
 from .store import RunFolder
 from .sweep import WRONG_INPUT
+from .target import HFTarget
 from .ui import Screen, screen
 
 FILES = ("summary.json", "requests.parquet", "steps.parquet", "config.yaml", "env.json")
 
 
-def run(cfg: DictConfig, out: str, overrides: list[str]) -> dict:
-    """One run: its folder, its screen, its summary."""
+def run(cfg: DictConfig, out: str | None = None, overrides: list[str] | None = None) -> dict:
+    """One run: its folder (`out`, else that of the config), its screen, its summary.
+
+    overrides  what was asked for, for the record
+    """
     show = screen(cfg.ui)
     try:
-        return _run(cfg, RunFolder(out), overrides, show)
+        return _run(cfg, RunFolder(out or cfg.out), overrides or [], show)
     finally:
         show.close()
 
 
 def _run(cfg: DictConfig, folder: RunFolder, overrides: list[str], show: Screen) -> dict:
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    _use_threads(cfg.threads)
     config = OmegaConf.to_container(cfg, resolve=True)
+    plan = prepare(cfg) if folder.summary() is None else None
+    logger = make(cfg.logger, cfg.allow)
     folder.open(config, {**environment(sys.argv), "overrides": overrides})
     paths = [str(folder.path / name) for name in FILES]
-    if (summary := folder.summary()) is not None:
-        show.start([f"{folder.path} holds this run already, finished"])
-        show.result(summary, paths)
-        return summary
-    logger = make(cfg.logger, cfg.allow)
-    experiment = build(cfg)
-    show.start(header(experiment))
-    summary, records = measure(
-        experiment, folder, lambda done, total, rows: show.progress(done, total, live(rows))
-    )
+    if plan is None:
+        show.start([f"{folder.path} holds this run already, finished: choose another out= to run it again"])
+        show.result(folder.summary(), paths)
+        return folder.summary()
+    with forgotten_if_nothing_was_answered(folder):
+        show.start(header(plan, folder))
+        experiment = plan.load()
+        show.start([f"target: {target_line(experiment.target, cfg)}"])
+        summary, records = measure(experiment, folder, Progress(show))
     folder.finish(summary)
-    logger.log(config, summary, records, str(folder.path))
     show.result(summary, paths)
+    logger.log(config, summary, records, str(folder.path))
     return summary
 
 
-def header(e: Experiment) -> list[str]:
+def _use_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"threads is {threads!r}, expected 1 or more, or null for torch's choice: threads=2")
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def forgotten_if_nothing_was_answered(folder: RunFolder) -> Iterator[None]:
+    """Settings that never worked must not bind the folder: the corrected command may have the same out=."""
+    try:
+        yield
+    finally:
+        if not folder.finished():
+            (folder.path / "config.yaml").unlink(missing_ok=True)
+
+
+def header(plan: Plan, folder: RunFolder) -> list[str]:
     """What is about to run, in words."""
-    dtype = str(e.target.dtype).removeprefix("torch.")
-    where = f"{e.target.device.type} x{torch.get_num_threads()}" if e.target.device.type == "cpu" else "cuda"
-    requests = sum(len(c.turns) for c in e.conversations)
+    s, names = plan.settings, plan.names
+    requests = sum(len(c.turns) for c in plan.conversations)
+    extra = most_turns(plan.conversations) > 1 and "none" not in s.baseline
+    there = len({r.request for r in folder.load()})
     return [
-        f"target: {e.target.name} ({dtype}, {where})",
-        f"prompts: {len(e.conversations)} conversations, {requests} requests; "
-        f"baselines: {', '.join(e.settings.baseline) or 'no'}",
+        f"method: proposer={names['proposer']} tree={names['tree']} accept={names['accept']} "
+        f"temperature={plan.sampling.temperature:g} batch_size={s.batch_size}",
+        f"prompts: data={names['data']}, {len(plan.conversations)} conversations, {requests} requests, "
+        f"up to {s.max_new_tokens} tokens each",
+        f"baselines: {', '.join(s.baseline) or 'no'}"
+        + ("; plain decoding runs too, later turns continue from its answers" if extra else ""),
+        f"out: {folder.path}" + (f", {there} of {requests} requests are there already" if there else ""),
     ]
+
+
+def target_line(target: HFTarget, cfg: DictConfig) -> str:
+    """The model, its dtype and device, and why those where they were left to specdec."""
+    dtype, device = str(target.dtype).removeprefix("torch."), target.device.type
+    threads = torch.get_num_threads()
+    where = f"cpu, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
+    auto = {"bfloat16": "multiplied natively here", "float32": "bfloat16 is not multiplied natively here"}
+    if cfg.target.get("dtype") == "auto":
+        dtype += f" (target.dtype=auto: {auto[dtype]})"
+    if cfg.target.get("device") == "auto":
+        where += f" (target.device=auto: {'a' if device == 'cuda' else 'no'} CUDA device)"
+    return f"{target.name}, {dtype}, {where}"
+
+
+class Progress:
+    """Tells the screen how far a run is, and when it will be over."""
+
+    def __init__(self, show: Screen) -> None:
+        self.show, self.first = show, None
+
+    def __call__(self, done: int, total: int, records: list[RequestRecord]) -> None:
+        self.first = self.first or (time.monotonic(), done)
+        start, before = self.first
+        seconds = (time.monotonic() - start) / (done - before) * (total - done) if done > before else None
+        if records:
+            self.show.progress(done, total, live(records) | ({"eta_s": seconds} if done < total else {}))
 
 
 def live(records: list[RequestRecord]) -> dict:
     """What the progress line shows."""
-    by_arm = {arm: [r for r in records if r.arm == arm] for arm in {r.arm for r in records}}
-    method = by_arm.pop(METHOD, [])
-    shown: dict = {"tokens_per_step": tokens_per_step(steps_of(method))}
-    for name, rows in sorted(by_arm.items()):
-        shown[f"speedup {name}"] = speedup(method, rows)["decode"]["mean"]
-    return shown
+    by_arm: dict[str, list[RequestRecord]] = {METHOD: []}
+    for r in records:
+        by_arm.setdefault(r.arm, []).append(r)
+    method = by_arm.pop(METHOD)
+    speedups = {f"speedup {name}": speedup(method, rows)["decode"]["mean"] for name, rows in by_arm.items()}
+    return {"tokens_per_step": tokens_per_step(steps_of(method)), **speedups}
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
@@ -82,7 +139,11 @@ def _main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     # In a sweep the callback reports a job's error and the others run on.
     with errors_in_one_line() if job.mode == RunMode.RUN else nullcontext():
-        summary = run(cfg, job.runtime.output_dir, list(job.overrides.task))
+        out = job.runtime.output_dir
+        try:
+            summary = run(with_names(cfg, job.runtime.choices), out, list(job.overrides.task))
+        except KeyboardInterrupt:
+            sys.exit(f"specdec: interrupted; the same command with out={out} goes on where it was")
     return summary["speedup"].get("none", {}).get("decode", {}).get("mean")
 
 
@@ -95,12 +156,29 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"specdec: {error}")
 
 
+def check_command(words: list[str]) -> None:
+    """ValueError for what Hydra would refuse at length; commands with options of Hydra's are left to it."""
+    overrides = [word for word in words if word not in ("-m", "--multirun")]
+    if any(word.startswith("-") for word in overrides):
+        return
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        check_overrides(overrides)
+    if not {"-m", "--multirun"} & set(words):
+        check_out(Path(load_config(overrides).out))
+
+
+def check_out(folder: Path) -> None:
+    """ValueError unless a folder can be made there. Hydra makes it, and would say so with a traceback."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "can't be written" if there.is_dir() else f"a file is in the way ({there})"
+        raise ValueError(f"out={folder}: {reason}, expected a folder to write in: choose another out=DIR")
+
+
 def main() -> None:
     """The entry point; unknown keys and choices are refused before Hydra meets them."""
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
-    if not any(a.startswith(("-cd", "--config")) for a in sys.argv):
-        with errors_in_one_line(), initialize_config_dir(conf_dir(), version_base="1.3"):
-            check_overrides(overrides)
+    with errors_in_one_line():
+        check_command(sys.argv[1:])
     _main()
 
 

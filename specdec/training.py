@@ -72,7 +72,9 @@ def collect(
     )
     messages = [c.turns[0] for c in conversations] + own
     if not messages:
-        raise ValueError("nothing to train on: give prompts with data=, or let the target write some: prompts.written=960")
+        raise ValueError(
+            "nothing to train on: give prompts with data=, or let the target write some: prompts.written=960"
+        )
     prompts = [render(tokenizer, [{"role": "user", "content": text}], None) for text in messages]
     return write_answers(
         target, prompts, folder, stop_ids=stop_ids, longest=recipe.answer_tokens, batch=recipe.batch
@@ -94,7 +96,9 @@ def train(
     """
     training_files, held_out_files = split(shards, recipe.held_out)
     if not training_files:
-        raise ValueError(f"{len(shards)} shards are too few to hold {recipe.held_out} out: head.held_out=1, or more prompts")
+        raise ValueError(
+            f"{len(shards)} shards are too few to hold {recipe.held_out} out: head.held_out=1, or more prompts"
+        )
     answers, held_out = Answers.load(training_files), Answers.load(held_out_files)
     heads = _fresh_heads(target, answers, recipe)
     run = _Run(heads, recipe, -(-len(answers.tokens_X) // recipe.rows) * recipe.epochs, seed)
@@ -117,7 +121,9 @@ def _fresh_heads(target: HFTarget, answers: Answers, recipe: MedusaRecipe) -> Me
     counts_V = torch.bincount(answers.tokens_X, minlength=target.vocab)
     most = min(recipe.vocab, int((counts_V > 0).sum()))
     tokens_U = counts_V.argsort(descending=True, stable=True)[:most].sort().values
-    return MedusaHeads(recipe.heads, target.lm_head[tokens_U.to(target.device)].float(), tokens_U).to(target.device)
+    return MedusaHeads(recipe.heads, target.lm_head[tokens_U.to(target.device)].float(), tokens_U).to(
+        target.device
+    )
 
 
 class _Run:
@@ -139,7 +145,7 @@ class _Run:
             torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
-            report(self.step, self.total, float(loss))
+            report(self.step, self.total, float(loss.detach()))
 
     def _schedule(self) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -151,7 +157,12 @@ class _Run:
     def save(self, path: Path) -> None:
         part = path.with_suffix(".state-part")
         weights = {name: p.detach() for name, p in self.heads.named_parameters()}
-        state = {"step": self.step, "recipe": asdict(self.recipe), "heads": weights, "adam": self.optimizer.state_dict()}
+        state = {
+            "step": self.step,
+            "recipe": asdict(self.recipe),
+            "heads": weights,
+            "adam": self.optimizer.state_dict(),
+        }
         torch.save(state, part)
         part.replace(path)
 

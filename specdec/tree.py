@@ -87,12 +87,16 @@ class TokenTree:
     def check(self, last_token: int) -> None:
         """Raise ValueError unless the tree is well formed and starts at `last_token`."""
         if self.tokens_N[0] != last_token:
-            raise ValueError(f"the tree's root is token {self.tokens_N[0]}, the last committed token is {last_token}")
+            raise ValueError(
+                f"the tree's root is token {self.tokens_N[0]}, the last committed token is {last_token}"
+            )
         if self.parents_N[0] != -1 or any(not 0 <= p < n for n, p in enumerate(self.parents_N) if n):
             raise ValueError(f"parents must be [-1, then an earlier node each], got {self.parents_N}")
         edges = set(zip(self.parents_N, self.tokens_N, strict=True))
         if len(edges) != len(self):
-            raise ValueError("a node has two children with the same token; merge them before returning the tree")
+            raise ValueError(
+                "a node has two children with the same token; merge them before returning the tree"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Tree policies: which continuations of the draft's laws become nodes.
 
-A policy is a value. `grow` is a generator, so that drafts of many sequences run in one batch: it yields the nodes
-whose laws it wants next, is sent one DraftLaw for each, and returns the tree. A decision about a node never looks at that
-node's own draw: a token that was drawn stays in the tree, and only what follows it may be left out.
+A policy is a value. `grow` is a generator, so that drafts of many sequences run in one batch: it yields the
+nodes whose laws it wants next, is sent one DraftLaw for each, and returns the tree. A decision about a node
+never looks at that node's own draw: a drawn token stays in the tree, only what follows it may be left out.
 Shapes: K tokens that a law speaks of, V vocabulary.
 """
 
@@ -26,7 +26,7 @@ LENGTHS = ("fixed", "heuristic", "confidence")
 
 @dataclass
 class DraftLaw:
-    """What the draft thinks comes next at one node: log-probabilities of some tokens, or of the whole vocabulary.
+    """What the draft thinks comes next at a node: log-probabilities of some tokens, or of all.
 
     logq_K    normalised log-probabilities; -inf where there is no support
     tokens_K  int64: the tokens they belong to, None for 0 .. K-1
@@ -63,8 +63,8 @@ class TreePolicy(ABC):
     """How far and how wide to draft.
 
     depth      levels below the root
-    length     "fixed"; "heuristic": two more after a fully accepted draft, one less after any other; "confidence":
-               nothing is drafted behind a token that the draft gives less than `threshold`
+    length     "fixed"; "heuristic": two more after a fully accepted draft, one less after another;
+               "confidence": nothing is drafted behind a token that the draft gives less than `threshold`
     draws      children are drawn from the draft's law (and its law recorded), not its most likely tokens
     """
 
@@ -76,11 +76,15 @@ class TreePolicy(ABC):
 
     def __post_init__(self) -> None:
         if self.length not in LENGTHS:
-            raise ValueError(f"tree.length is {self.length!r}, expected one of {', '.join(LENGTHS)}: tree.length=fixed")
+            raise ValueError(
+                f"tree.length is {self.length!r}, expected {', '.join(LENGTHS)}: tree.length=fixed"
+            )
         if self.depth < 0:
             raise ValueError(f"tree.depth is {self.depth}, expected 0 or more: tree.depth=5")
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"tree.threshold is {self.threshold}, expected a probability: tree.threshold=0.4")
+            raise ValueError(
+                f"tree.threshold is {self.threshold}, expected a probability: tree.threshold=0.4"
+            )
 
     @property
     @abstractmethod
@@ -92,7 +96,7 @@ class TreePolicy(ABC):
         """Which children a node gets, given its own ranks from the root: their number, or their ranks."""
 
     def fitted(self, accuracy_KR: list[list[float]]) -> TreePolicy:
-        """This policy for a draft whose rank-r token at depth d + 1 is right accuracy_KR[d][r] of the time."""
+        """This policy for a draft whose rank-r token at depth d + 1 is right with accuracy_KR[d][r]."""
         return self
 
     def levels(self, history: list[tuple[int, int]]) -> int:
@@ -101,7 +105,8 @@ class TreePolicy(ABC):
             return self.depth
         levels = self.depth
         for drafted, accepted in history:
-            levels = levels + 2 if drafted and accepted == drafted else max(1, levels - 1)
+            if drafted:  # a step without a draft says nothing of how good drafts are
+                levels = levels + 2 if accepted == drafted else max(1, levels - 1)
         return levels
 
     def grow(self, root: int, levels: int, stream: Stream) -> Growth:
@@ -144,14 +149,16 @@ class Chain(TreePolicy):
 
 @dataclass(frozen=True)
 class TopK(TreePolicy):
-    """The draft's most likely widths[d] tokens below every node of depth d."""
+    """The draft's most likely widths[d] tokens below every node of depth d, and none below the last width."""
 
     widths: tuple[int, ...] = (4, 2, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.widths or any(w < 1 for w in self.widths):
-            raise ValueError(f"tree.widths is {list(self.widths)}, expected counts of 1 or more: tree.widths=[4,2,1]")
+            raise ValueError(
+                f"tree.widths is {list(self.widths)}, expected counts of 1 or more: tree.widths=[4,2,1]"
+            )
 
     @property
     def chain(self) -> bool:
@@ -188,21 +195,30 @@ TYPICAL_ACCURACY = [[0.5, 0.14, 0.07, 0.04, 0.03]] * 4
 class Static(TreePolicy):
     """A fixed tree: each path is the ranks of the tokens from the root, as Medusa's choices (2401.10774).
 
-    paths  every prefix of a path belongs to the tree, listed or not; None: the best tree of `nodes` nodes, root
-           included, for the draft's measured accuracies
+    paths  every prefix of a path belongs to the tree, listed or not; None: the best tree of `nodes` nodes,
+           root included, and at most `depth` levels for the draft's measured accuracies
     """
 
     paths: tuple[tuple[int, ...], ...] | None = None
     nodes: int = 8
-    _children: dict[tuple[int, ...], list[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _children: dict[tuple[int, ...], list[int]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nodes < 1:
             raise ValueError(f"tree.nodes is {self.nodes}, expected 1 or more: tree.nodes=8")
-        paths = self.paths if self.paths is not None else best_paths(TYPICAL_ACCURACY, self.nodes)
+        paths = self._best(TYPICAL_ACCURACY) if self.paths is None else self.paths
+        deepest = max(map(len, paths), default=0)
+        if deepest > self.depth:
+            raise ValueError(
+                f"tree.paths go {deepest} levels deep, tree.depth is {self.depth}: tree.depth={deepest}"
+            )
         if any(rank < 0 for path in paths for rank in path):
-            raise ValueError(f"tree.paths holds a negative rank: {paths}; expected lists such as [[0,0],[1]]")
+            raise ValueError(
+                f"tree.paths holds a negative rank: {paths}; expected lists such as tree.paths=[[0,0],[1]]"
+            )
         for prefix in sorted({tuple(path[: d + 1]) for path in paths for d in range(len(path))}):
             self._children.setdefault(prefix[:-1], []).append(prefix[-1])
 
@@ -214,28 +230,22 @@ class Static(TreePolicy):
         return self._children.get(path, [])
 
     def fitted(self, accuracy_KR: list[list[float]]) -> Static:
-        return self if self.paths is not None else replace(self, paths=best_paths(accuracy_KR, self.nodes))
+        return self if self.paths is not None else replace(self, paths=self._best(accuracy_KR))
+
+    def _best(self, accuracy_KR: list[list[float]]) -> tuple[tuple[int, ...], ...]:
+        return best_paths(accuracy_KR[: self.depth], self.nodes)
 
 
 def best_paths(accuracy_KR: list[list[float]], nodes: int) -> tuple[tuple[int, ...], ...]:
-    """Paths of the tree of `nodes` nodes, root included, that has the greatest expected length.
+    """Paths of the tree of `nodes` nodes, root included, from which most tokens are expected to be accepted.
 
-    accuracy_KR[d][r]: how often the draft's rank-r token at depth d + 1 is right, independently of the others.
+    accuracy_KR[d][r]: how often the draft's rank-r token at depth d + 1 is right, whatever stands above it.
     """
-
-    def value(path: tuple[int, ...]) -> float:
-        return math.prod(accuracy_KR[d][r] for d, r in enumerate(path))
-
-    def push(path: tuple[int, ...]) -> None:
-        if len(path) <= len(accuracy_KR) and path[-1] < len(accuracy_KR[len(path) - 1]):
-            heapq.heappush(heap, (-value(path), path))
-
-    heap: list[tuple[float, tuple[int, ...]]] = []
+    heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
     chosen: list[tuple[int, ...]] = []
-    push((0,))
-    while heap and len(chosen) < nodes - 1:
-        path = heapq.heappop(heap)[1]
+    while heap and len(chosen) < nodes:  # no node is worth more than its parent, so greed is optimal
+        worth, path = heapq.heappop(heap)
         chosen.append(path)
-        push((*path[:-1], path[-1] + 1))
-        push((*path, 0))
-    return tuple(chosen)
+        for rank, accuracy in enumerate(accuracy_KR[len(path)] if len(path) < len(accuracy_KR) else []):
+            heapq.heappush(heap, (worth * accuracy, (*path, rank)))
+    return tuple(chosen[1:])

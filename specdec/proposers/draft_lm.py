@@ -1,6 +1,6 @@
 """A draft language model (Leviathan 2211.17192, Chen 2302.01318): any causal LM with the target's tokenizer.
 
-It keeps a cache of its own, which is rolled back to the accepted path after every verdict. With `layers` it is the
+It keeps a cache of its own, rolled back to the accepted path after every verdict. With `layers` it is the
 target itself, cut after its first layers. Shapes: N nodes, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ from ..loading import pretrained
 from ..target import HFTarget, decoder_layers
 from ..tree import TokenTree, Verdict
 from ..trees import DraftLaw
-from .base import Grown
+from .base import Grown, above_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Draft:
-    """Scored nodes of the working tree: the tokens that the draft's cache lags behind, the root, and its subtree."""
+    """A step's working tree: a chain of the committed tokens that the draft hasn't cached, then the tree.
+
+    lag     nodes of that chain
+    scored  nodes whose rows lie in the draft's cache
+    """
 
     lag: int
     scored: int = 0
@@ -56,12 +60,10 @@ class DraftLM(Grown):
         super().__init__(target, tree)
         if (path is None) == (layers is None):
             raise ValueError(
-                f"proposer=draft_lm got path={path}, layers={layers}: expected one of proposer.path=ID_OR_FOLDER "
-                "and proposer.layers=8 (the target's first layers)"
+                f"proposer=draft_lm got path={path}, layers={layers}: expected one of "
+                "proposer.path=ID_OR_FOLDER and proposer.layers=8 (the target's first layers)"
             )
-        if temperature <= 0:
-            raise ValueError(f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1")
-        self.temperature = temperature
+        self.temperature = above_zero(temperature)
         self.draft = HFTarget(first_layers(target.model, layers) if path is None else self._load(path, dtype))
 
     def _load(self, path: str, dtype: str) -> PreTrainedModel:
@@ -77,7 +79,7 @@ class DraftLM(Grown):
     def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
         self.draft.reserve(len(seqs), max(len(s.tokens) + s.max_new_tokens for s in seqs))
         for seq in seqs:
-            self.draft.prefill(seq.slot, seq.tokens[:-1])
+            self.draft.prefill(seq.slot, self._readable(seq.tokens[:-1]))
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         for seq in seqs:
@@ -88,25 +90,31 @@ class DraftLM(Grown):
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
         working = [self._working_tree(s, t) for s, t in zip(seqs, trees, strict=True)]
-        since = min(s.draft.scored for s in seqs)
+        since = min(s.draft.scored for s, frontier in zip(seqs, frontiers, strict=True) if frontier)
+        # Complete trees run along with the others, which would otherwise overwrite their rows.
         out = self.draft.score(seqs, working, since)
         for seq, tree in zip(seqs, working, strict=True):
-            seq.draft.scored = len(tree)
+            if seq.draft.scored >= since:
+                seq.draft.scored = len(tree)
         return [
             [self._law(logits_NV[seq.draft.lag + node - since]) for node in frontier]
             for seq, frontier, logits_NV in zip(seqs, frontiers, out.logits_BNV, strict=True)
         ]
 
     def _working_tree(self, seq: Sequence, tree: TokenTree) -> TokenTree:
-        """`tree` behind the committed tokens that the draft has not cached."""
         lag = seq.draft.lag
-        missed = seq.tokens[len(seq.tokens) - 1 - lag : -1]
-        parents = list(range(-1, lag - 1)) + [lag - 1 if p < 0 else lag + p for p in tree.parents_N]
-        blank = [-1] * len(parents)
-        return TokenTree(missed + tree.tokens_N, parents, [], blank, [0.0] * len(parents))
+        working = TokenTree.chain(seq.tokens[len(seq.tokens) - 1 - lag : -1])
+        for token, parent in zip(tree.tokens_N, tree.parents_N, strict=True):
+            working.add(token, lag + parent)
+        working.tokens_N = self._readable(working.tokens_N)
+        return working
+
+    def _readable(self, tokens: list[int]) -> list[int]:
+        """Tokens with those of the target's padding that the draft has no embedding for as its last one."""
+        return [min(token, self.draft.vocab - 1) for token in tokens]
 
     def _law(self, logits_V: Tensor) -> DraftLaw:
-        """Over the common vocabulary only: ids that the target does not know are masked before q is formed."""
+        """Over the common vocabulary: ids that the target does not know are masked before q is formed."""
         common = min(self.draft.vocab, self.target.vocab)
         logq_V = torch.log_softmax(logits_V[:common].float() / self.temperature, dim=-1)
         tokens_V = None if common == self.target.vocab else torch.arange(common, device=logits_V.device)
@@ -123,23 +131,27 @@ class DraftLM(Grown):
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     """A causal LM that shares the model's weights and stops after its first layers."""
-    total = len(decoder_layers(model))
-    if not 1 <= layers <= total:
-        raise ValueError(f"proposer.layers is {layers}, expected 1 to {total} for this target: proposer.layers=8")
-    cut = copy.copy(model)
+    every = decoder_layers(model)
+    if not 1 <= layers <= len(every):
+        raise ValueError(
+            f"proposer.layers is {layers}, expected 1 to {len(every)} for this target: proposer.layers=1"
+        )
+    cut = _with(model, every, nn.ModuleList(list(every)[:layers]))
     cut.config = copy.deepcopy(model.config)
-    cut._modules = dict(model._modules)
-    base = copy.copy(model.base_model)
-    base._modules = dict(model.base_model._modules)
-    base.config = cut.config
-    name = next(n for n, m in base._modules.items() if m is decoder_layers(model))
-    base._modules[name] = nn.ModuleList(list(decoder_layers(model))[:layers])
-    cut._modules[model.base_model_prefix] = base
     text = cut.config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     return cut
+
+
+def _with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """A copy that shares the weights of `module` and has `new` where `old` was."""
+    if module is old:
+        return new
+    twin = copy.copy(module)
+    twin._modules = {name: part and _with(part, old, new) for name, part in module._modules.items()}
+    return twin
 
 
 def check_same_tokenizer(

@@ -1,7 +1,7 @@
-"""Medusa heads (Cai et al. 2024, arXiv:2401.10774): small residual heads that read what the target's LM head reads.
+"""Medusa heads (Cai et al. 2024, arXiv:2401.10774): small residual heads that read what the LM head reads.
 
-Head k (1-based) says what stands k tokens behind the one that the LM head predicts there. The law at a node depends
-on its depth alone. Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary.
+Head k (1-based) says what stands k tokens behind the one that the LM head predicts there. The law at a node
+depends on its depth alone. Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary, R ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..tree import TokenTree, Verdict
 from ..trees import DraftLaw
 from ..zoo import zoo_file
-from .base import Grown
+from .base import Grown, above_zero
 
 if TYPE_CHECKING:
     from ..decode import Sequence
@@ -28,9 +28,15 @@ if TYPE_CHECKING:
     from ..trees import TreePolicy
 
 
+STORED = {"weight_KDD": torch.bfloat16, "bias_KD": torch.bfloat16, "tokens_U": torch.int32}
+
+
 @dataclass(frozen=True)
 class MedusaInfo:
-    """What a file of heads says of itself. accuracy_KR[k][r]: how often head k's rank-r token was right, held out."""
+    """What a file of heads says of itself.
+
+    accuracy_KR  [k][r]: how often the rank-r token of the k-th head was right on held-out text
+    """
 
     heads: int
     width: int
@@ -60,17 +66,17 @@ class MedusaHeads(nn.Module):
 
     def save(self, path: Path, info: MedusaInfo) -> None:
         """Weights in bfloat16 and the draft vocabulary, as safetensors with `info` in its metadata."""
-        tensors = {k: v.to(torch.int32 if k == "tokens_U" else torch.bfloat16) for k, v in self.state_dict().items()}
+        tensors = {name: t.to(STORED[name]).contiguous() for name, t in self.state_dict().items()}
         save_file(tensors, path, metadata={"medusa": json.dumps(asdict(info))})
 
     @classmethod
     def load(cls, path: Path, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo]:
-        """Heads on the target's device and dtype. ValueError: not such a file, damaged, or for another target."""
+        """Heads on the target's device and dtype. ValueError: no heads, damaged, or for another target."""
         try:
             with safe_open(path, "pt") as file:
                 info = MedusaInfo(**json.loads(file.metadata()["medusa"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"proposer.heads={path} is no file of Medusa heads ({error}); train one: "
                 "python -m specdec.train head=medusa"
@@ -83,14 +89,36 @@ class MedusaHeads(nn.Module):
 
 
 def _check(path: Path, info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> None:
-    fix = "choose heads trained for this target with proposer.heads=FILE, or train: python -m specdec.train head=medusa"
-    if info.fingerprint != target.fingerprint:
+    if problem := _problem(info, tensors, target):
         raise ValueError(
-            f"{path.name} was trained for {info.target} (fingerprint {info.fingerprint}), "
-            f"this target is {target.name} ({target.fingerprint}); {fix}"
+            f"{path.name} {problem}; choose heads trained for this target with proposer.heads=FILE, "
+            "or train some: python -m specdec.train head=medusa"
         )
-    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors.values()):
-        raise ValueError(f"{path.name} holds weights that are not finite; {fix}")
+
+
+def _problem(info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> str | None:
+    """What is wrong with a file of heads for this target, if anything is."""
+    (vocab, width), found = target.lm_head.shape, {name: tuple(t.shape) for name, t in tensors.items()}
+    shapes = {"weight_KDD": (info.heads, width, width), "bias_KD": (info.heads, width)}
+    shapes["tokens_U"] = found.get("tokens_U", ())[:1]
+    if info.fingerprint != target.fingerprint:
+        return (
+            f"was trained for {info.target} (fingerprint {info.fingerprint}), "
+            f"this target is {target.name} ({target.fingerprint})"
+        )
+    if found != shapes:
+        return f"holds tensors {found}, expected {shapes}"
+    tokens_U = tensors["tokens_U"]
+    if (
+        not len(tokens_U)
+        or tokens_U.min() < 0
+        or tokens_U.max() >= vocab
+        or len(tokens_U.unique()) < len(tokens_U)
+    ):
+        return f"drafts from a vocabulary that is not one of different tokens of the target's {vocab}"
+    if not all(t.isfinite().all() for t in tensors.values()):
+        return "holds weights that are not finite"
+    return None
 
 
 class Medusa(Grown):
@@ -103,12 +131,15 @@ class Medusa(Grown):
     needs_hidden: ClassVar = ("final",)
 
     def __init__(
-        self, target: HFTarget, tree: TreePolicy, *, heads: str = "smollm2-135m-medusa", temperature: float = 1.0
+        self,
+        target: HFTarget,
+        tree: TreePolicy,
+        *,
+        heads: str = "smollm2-135m-medusa",
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(target, tree)
-        if temperature <= 0:
-            raise ValueError(f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1")
-        self.temperature = temperature
+        self.temperature = above_zero(temperature)
         self.heads, self.info = MedusaHeads.load(zoo_file(heads), target)
         self.tree = tree.fitted(self.info.accuracy_KR)
 
@@ -130,7 +161,9 @@ class Medusa(Grown):
         logits_KBU = self.heads(torch.cat([d.hidden_1D for d in drafts])).float()
         logq_KBU = torch.log_softmax(logits_KBU / self.temperature, dim=-1)
         for b, draft in enumerate(drafts):
-            draft.laws = [DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in logq_KBU[:, b]]
+            draft.laws = [
+                DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in logq_KBU[:, b]
+            ]
 
     def expand(
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
@@ -151,7 +184,7 @@ class Medusa(Grown):
 
 @dataclass
 class _Draft:
-    """What the LM head read when it said the current root (no row if nothing was prefilled), and the laws by depth."""
+    """What the LM head read when it said the root (no row if nothing was prefilled), and laws by depth."""
 
     hidden_1D: Tensor
     laws: list[DraftLaw] = field(default_factory=list)

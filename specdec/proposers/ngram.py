@@ -1,8 +1,8 @@
 """Prompt lookup: the text that followed earlier occurrences of the current suffix (Saxena 2023).
 
-The longest suffix of max_n down to min_n tokens that occurs before is looked up. Each of its occurrences votes for
-the token that followed it, the preferred one with more weight than all others together: a chain copies that one, a
-branching tree merges the others into it.
+The longest suffix of max_n down to min_n tokens that occurs before is looked up. Each of its occurrences
+votes for the token that followed it, with more weight than all less preferred ones together: a chain copies
+the preferred one, a branching tree merges the others into it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ class NGram(Grown):
     ) -> None:
         super().__init__(target, tree)
         if not 1 <= min_n <= max_n:
-            raise ValueError(f"proposer.min_n={min_n}, max_n={max_n}: expected 1 <= min_n <= max_n: proposer.min_n=1")
+            raise ValueError(
+                f"proposer.min_n={min_n}, max_n={max_n}: expected 1 <= min_n <= max_n: proposer.min_n=1"
+            )
         if prefer not in ("recent", "first"):
-            raise ValueError(f"proposer.prefer is {prefer!r}, expected recent or first: proposer.prefer=recent")
+            raise ValueError(
+                f"proposer.prefer is {prefer!r}, expected recent or first: proposer.prefer=recent"
+            )
         if not 1 <= matches <= 16:
             raise ValueError(f"proposer.matches is {matches}, expected 1 to 16: proposer.matches=8")
         self.max_n, self.min_n, self.prefer, self.matches = max_n, min_n, prefer, matches
@@ -55,7 +59,7 @@ class NGram(Grown):
         return super().propose(seqs)
 
     def occurrences(self, tokens_L: np.ndarray) -> list[int]:
-        """Where the text goes on after earlier occurrences of the longest suffix that has any, preferred first."""
+        """Where the text goes on after earlier occurrences of its longest such suffix, preferred first."""
         last = len(tokens_L) - 1
         ends, matched = np.flatnonzero(tokens_L[:last] == tokens_L[last]), 1
         while matched < self.max_n:
@@ -79,8 +83,9 @@ class NGram(Grown):
 
     def _law(self, seq: Sequence, path: list[int]) -> DraftLaw:
         votes = self._votes(seq, path)
-        weights_K = torch.tensor(list(votes.values()))
-        tokens_K = torch.tensor(list(votes), dtype=torch.long)
+        device = self.target.device if self.tree.draws else "cpu"  # a recorded law meets the target's there
+        weights_K = torch.tensor(list(votes.values()), device=device)
+        tokens_K = torch.tensor(list(votes), dtype=torch.long, device=device)
         return DraftLaw((weights_K / weights_K.sum()).log(), self.target.vocab, tokens_K)
 
     def _votes(self, seq: Sequence, path: list[int]) -> dict[int, float]:

@@ -13,4 +13,6 @@ def zoo_file(name: str) -> Path:
     known = sorted(p.stem for p in ZOO.glob("*.safetensors"))
     if name in known:
         return ZOO / f"{name}.safetensors"
-    raise ValueError(f"proposer.heads={name}: no such file, nor one of the zoo's: {', '.join(known) or '(empty)'}")
+    raise ValueError(
+        f"proposer.heads={name}: no such file, nor one of the zoo's: {', '.join(known) or '(empty)'}"
+    )

@@ -1,0 +1,133 @@
+"""Tiny targets in float32 on the CPU, and short ways to run the loop on them."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.accept import Match, Rule
+from specdec.config import as_target
+from specdec.decode import Sequence, decode
+from specdec.loading import Loaded, fingerprint, random_model
+from specdec.proposers.base import Proposer
+from specdec.proposers.draft_lm import DraftLM
+from specdec.proposers.medusa import MedusaHeads, MedusaInfo
+from specdec.proposers.none import NoDraft
+from specdec.records import StepRecord
+from specdec.rng import Philox
+from specdec.sampling import Sampling
+from specdec.target import HFTarget
+from specdec.trees import Chain
+
+VOCAB, PERIOD, WINDOW = 32, 8, 8
+GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9)
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 3, 9], [1], [4, 4, 4, 2, 2, 5, 6, 7, 9, 9]]
+CYCLE = [(t + 1) % PERIOD if t < PERIOD else t for t in range(VOCAB)]
+ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.2, 0.1], [0.3, 0.1, 0.1], [0.2, 0.1, 0.1], [0.2, 0.1, 0.0]]
+
+
+def tiny_model(architecture: str = "llama") -> PreTrainedModel:
+    """A random model with attention of its own."""
+    return _tiny(architecture).model
+
+
+def _tiny(architecture: str) -> Loaded:
+    window = {"sliding_window": WINDOW} if architecture == "mistral" else {}
+    return random_model(architecture, {"vocab_size": VOCAB} | window, device="cpu")
+
+
+@cache
+def tiny(architecture: str = "llama") -> HFTarget:
+    """A random model of two layers, its laws neither flat nor one-hot; mistral sees WINDOW tokens back."""
+    return as_target(_tiny(architecture))
+
+
+@cache
+def cyclic() -> HFTarget:
+    """A target that always says CYCLE[t] after t: its layers add nothing, its LM head is a permutation."""
+    loaded = random_model(config={"vocab_size": VOCAB, "hidden_size": VOCAB}, device="cpu")
+    with torch.no_grad():
+        for layer in loaded.model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        loaded.model.model.embed_tokens.weight.copy_(torch.eye(VOCAB))
+        loaded.model.lm_head.weight[CYCLE] = 4 * torch.eye(VOCAB)
+    return as_target(replace(loaded, fingerprint=fingerprint(loaded.model)))
+
+
+def cyclic_heads() -> MedusaHeads:
+    """Heads that are always right about `cyclic`: the k-th turns t into the token k further in the cycle."""
+    heads, turned = MedusaHeads(len(ACCURACY), cyclic().lm_head, torch.arange(VOCAB)), torch.eye(VOCAB)
+    with torch.no_grad():
+        for weight_DD in heads.weight_KDD:
+            turned = turned[:, torch.tensor(CYCLE).argsort()]
+            weight_DD.copy_(4 * turned)
+    return heads
+
+
+def untrained_heads(target: HFTarget, tokens: list[int]) -> MedusaHeads:
+    """Heads with random weights that draft `tokens` only."""
+    tokens_U = torch.tensor(tokens)
+    heads = MedusaHeads(len(ACCURACY), target.lm_head[tokens_U], tokens_U)
+    with torch.no_grad():
+        heads.weight_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return heads
+
+
+def info(target: HFTarget) -> MedusaInfo:
+    """What a file of heads for `target` says of itself."""
+    return MedusaInfo(len(ACCURACY), target.lm_head.shape[1], target.name, target.fingerprint, ACCURACY)
+
+
+def save_heads(heads: MedusaHeads, target: HFTarget, path: Path) -> str:
+    heads.save(path, info(target))
+    return str(path)
+
+
+def requests(
+    prompts: list[list[int]], longest: int | list[int] = 24, stop_ids: tuple[int, ...] = ()
+) -> list[Sequence]:
+    """Sequences numbered in order; `longest` is their max_new_tokens, one for all or one each."""
+    limits = longest if isinstance(longest, list) else [longest] * len(prompts)
+    return [
+        Sequence(i, list(p), n, Philox(3), stop_ids)
+        for i, (p, n) in enumerate(zip(prompts, limits, strict=True))
+    ]
+
+
+def run(
+    proposer: Proposer, seqs: list[Sequence], sampling: Sampling = GREEDY, rule: Rule | None = None
+) -> list[StepRecord]:
+    """Decode to the end; returns the records of all steps."""
+    steps = decode(proposer.target, proposer, rule or Match(), sampling, seqs)
+    return [row for step in steps for _, row in step]
+
+
+def plain(target: HFTarget, seqs: list[Sequence], sampling: Sampling = GREEDY) -> list[list[int]]:
+    """What plain decoding answers, one request at a time."""
+    for seq in seqs:
+        run(NoDraft(target, Chain()), [seq], sampling)
+    return [seq.new_tokens for seq in seqs]
+
+
+def tokens_per_step(steps: list[StepRecord]) -> float:
+    return sum(row.emitted for row in steps) / len(steps)
+
+
+def check_draft_cache(proposer: DraftLM, seqs: list[Sequence]) -> None:
+    """The property: what the draft has cached of every sequence is what a prefill of its text gives.
+
+    It lacks the newest token, the leaf above it, and the root of a last step without room to draft.
+    """
+    draft = proposer.draft
+    fresh = HFTarget(draft.model)
+    for seq in seqs:
+        rows = draft.cache.lengths[seq.slot]
+        assert len(seq.tokens) - 3 <= rows < len(seq.tokens), "the draft's cache is not where the text ends"
+        fresh.reserve(1, rows)
+        fresh.prefill(0, seq.tokens[:rows])
+        for heads, stack in fresh.cache._stacks.items():
+            got = draft.cache._stacks[heads][:, seq.slot, :, :rows]
+            assert torch.allclose(got, stack[:, 0, :, :rows], atol=1e-4), "the draft's cache is stale"

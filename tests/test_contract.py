@@ -1,0 +1,239 @@
+"""What every proposer owes, with every tree: a YAML in conf/proposer or conf/tree enrols itself.
+
+A proposer whose YAML does not build as it stands needs its arguments for the tiny targets in `arguments`.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    VOCAB,
+    cyclic,
+    cyclic_heads,
+    plain,
+    requests,
+    run,
+    save_heads,
+    tiny,
+    tiny_model,
+    tokens_per_step,
+    untrained_heads,
+)
+from torch import Tensor
+
+from specdec._paths import conf_dir
+from specdec.accept import Match, Rule
+from specdec.config import check_combination, make
+from specdec.decode import Sequence
+from specdec.proposers.base import Grown, Proposer
+from specdec.rng import Key, Philox, Purpose
+from specdec.sampling import Sampling
+from specdec.target import HFTarget
+from specdec.tree import TokenTree
+from specdec.trees import DraftLaw, TreePolicy
+
+LIMITS = [24, 9, 17, 12]
+
+
+def named(group: str) -> dict[str, dict]:
+    return {p.stem: yaml.safe_load(p.read_text()) for p in sorted(Path(conf_dir(), group).glob("*.yaml"))}
+
+
+PROPOSERS, TREES, RULES = named("proposer"), named("tree"), named("accept")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Two threads only slow tiny models down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[HFTarget, str]:
+    folder = tmp_path_factory.mktemp("heads")
+    untrained = untrained_heads(tiny(), list(range(0, VOCAB, 2)))
+    return {
+        tiny(): save_heads(untrained, tiny(), folder / "untrained.safetensors"),
+        cyclic(): save_heads(cyclic_heads(), cyclic(), folder / "right.safetensors"),
+    }
+
+
+def build(name: str, tree: str, target: HFTarget, heads: dict[HFTarget, str]) -> Proposer:
+    arguments = {"draft_lm": {"layers": 1}, "medusa": {"heads": heads[target]}}
+    return make(PROPOSERS[name] | arguments.get(name, {}), partial=True)(target, policy(tree))
+
+
+@cache
+def policy(tree: str) -> TreePolicy:
+    return make(TREES[tree])
+
+
+def allowed(rule: Rule, tree: str, sampling: Sampling = SAMPLED) -> bool:
+    try:
+        check_combination(policy(tree), rule, sampling)
+    except ValueError:
+        return False
+    return True
+
+
+def answers(
+    proposer: Proposer,
+    sampling: Sampling,
+    groups: list[list[int]],
+    rule: Rule | None = None,
+    stop_ids: tuple[int, ...] = (),
+) -> list[list[int]]:
+    """What the ragged requests are answered when they run in these batches."""
+    seqs = requests(PROMPTS, LIMITS, stop_ids)
+    for group in groups:
+        run(proposer, [seqs[i] for i in group], sampling, rule)
+    return [seq.new_tokens for seq in seqs]
+
+
+@cache
+def plain_answers(sampling: Sampling) -> tuple[list[list[int]], tuple[int, ...]]:
+    """Plain decoding's answers, and a stop token that ends the first of them halfway."""
+    stop_ids = (plain(tiny(), requests(PROMPTS, LIMITS), sampling)[0][12],)
+    return plain(tiny(), requests(PROMPTS, LIMITS, stop_ids), sampling), stop_ids
+
+
+every_pair = pytest.mark.parametrize(("name", "tree"), [(p, t) for p in PROPOSERS for t in TREES])
+ALONE, TOGETHER, BACKWARDS = [[0], [1], [2], [3]], [[0, 1, 2, 3]], [[3, 2], [1, 0]]
+
+
+def test_plain_decoding_is_what_transformers_generates() -> None:
+    want, stop_ids = plain_answers(GREEDY)
+    model = tiny_model()
+    for prompt, limit, tokens in zip(PROMPTS, LIMITS, want, strict=True):
+        ids = torch.tensor([prompt])
+        generated = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=list(stop_ids),
+            pad_token_id=0,
+        )
+        assert generated[0, len(prompt) :].tolist() == tokens
+    assert [len(tokens) for tokens in want] != LIMITS, "the stop token ended nothing"
+    assert sum(map(len, want)) > 30
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@every_pair
+def test_the_text_is_that_of_plain_decoding(
+    name: str, tree: str, sampling: Sampling, heads: dict[HFTarget, str]
+) -> None:
+    want, stop_ids = plain_answers(sampling)
+    proposer = build(name, tree, tiny(), heads)
+    assert answers(proposer, sampling, ALONE, stop_ids=stop_ids) == want
+    assert answers(proposer, sampling, TOGETHER, stop_ids=stop_ids) == want
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "rule"),
+    [
+        (p, t, r)
+        for p in PROPOSERS
+        for t in TREES
+        for r in RULES
+        if r != "match" and allowed(make(RULES[r]), t)
+    ],
+)
+def test_neighbours_change_nothing(name: str, tree: str, rule: str, heads: dict[HFTarget, str]) -> None:
+    proposer, judge = build(name, tree, tiny(), heads), make(RULES[rule])
+    alone = answers(proposer, SAMPLED, ALONE, judge)
+    assert answers(proposer, SAMPLED, TOGETHER, judge) == alone
+    assert answers(proposer, SAMPLED, BACKWARDS, judge) == alone
+
+
+def test_each_rule_that_samples_is_among_those() -> None:
+    judged = {r for r in RULES for t in TREES if allowed(make(RULES[r]), t)}
+    assert judged == RULES.keys() - {"greedy"}
+
+
+@every_pair
+def test_it_really_speculates(name: str, tree: str, heads: dict[HFTarget, str]) -> None:
+    proposer = build(name, tree, cyclic(), heads)
+    rate = tokens_per_step(run(proposer, requests([[1, 2], [6, 7, 0], [3, 4, 5, 6, 7, 0, 1, 2, 3]], 40)))
+    assert rate == 1 if name == "none" else rate > 1.5
+
+
+@every_pair
+def test_proposals_fit_the_room(name: str, tree: str, heads: dict[HFTarget, str]) -> None:
+    """No deeper than what can still be emitted, well formed, and made without touching the text."""
+    proposer = build(name, tree, cyclic(), heads)
+    propose, deepest = proposer.propose, []
+
+    def watched(seqs: list[Sequence]) -> list[TokenTree]:
+        before = [list(s.tokens) for s in seqs]
+        trees = propose(seqs)
+        assert [s.tokens for s in seqs] == before
+        for seq, grown in zip(seqs, trees, strict=True):
+            assert max(grown.depth_N) < seq.room
+            grown.check(seq.tokens[-1])
+            deepest.append(max(grown.depth_N))
+        return trees
+
+    proposer.propose = watched
+    run(proposer, requests(PROMPTS, [1, 2, 3, 12]))
+    assert max(deepest) > 1 or name == "none"
+
+
+class Watched(Match):
+    """Match, keeping the trees it judges, with the stream of each."""
+
+    def __init__(self) -> None:
+        self.judged = []
+
+    def __call__(self, tree: TokenTree, p: Tensor, stream: object) -> object:
+        self.judged.append((tree, stream))
+        return super().__call__(tree, p, stream)
+
+
+@pytest.mark.parametrize("tree", [t for t in TREES if policy(t).draws])
+@pytest.mark.parametrize("name", [p for p in PROPOSERS if p != "none"])
+def test_q_is_the_law_that_the_tokens_were_drawn_from(
+    name: str, tree: str, heads: dict[HFTarget, str]
+) -> None:
+    proposer, rule, laws = build(name, tree, tiny(), heads), Watched(), {}
+    if isinstance(proposer, Grown):
+        remember_laws(proposer, laws)
+    run(proposer, requests(PROMPTS, 16), SAMPLED, rule)
+    drawn = 0
+    for grown, stream in rule.judged:
+        for node in (n for n, row in enumerate(grown.q_row_N) if row >= 0):
+            q_V = grown.q(node)
+            if laws:
+                assert torch.equal(q_V, laws[id(grown), node].q())
+            for child in grown.children(node):
+                key = Key(stream.request, stream.step, child, Purpose.DRAFT)
+                assert grown.tokens_N[child] == Philox(3).draw(q_V, key)
+                q_V = q_V.scatter(0, torch.tensor(grown.tokens_N[child]), 0.0)
+                drawn += 1
+    assert drawn > 20
+
+
+def remember_laws(proposer: Grown, laws: dict[tuple[int, int], DraftLaw]) -> None:
+    """Keep every law that the proposer gives, by tree and node."""
+    expand = proposer.expand
+
+    def watched(
+        seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
+    ) -> list[list[DraftLaw]]:
+        given = expand(seqs, trees, frontiers)
+        for tree, frontier, some in zip(trees, frontiers, given, strict=True):
+            laws.update({(id(tree), node): law for node, law in zip(frontier, some, strict=True)})
+        return given
+
+    proposer.expand = watched
