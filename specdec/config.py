@@ -222,8 +222,7 @@ def make(node: DictConfig | dict, allow: Sequence[str] = (), *, partial: bool = 
                 f"if you trust it: allow=[{target.partition('.')[0]}]"
             )
     try:
-        made = get_object(plain["_target_"])
-        check_arguments(made, {k: v for k, v in plain.items() if not k.startswith("_")}, at)
+        check_arguments(get_object(plain["_target_"]), {k: v for k, v in plain.items() if k[0] != "_"}, at)
         return instantiate(plain, _convert_="all", _partial_=partial)
     except ImportError as error:
         reason = " ".join(str(error).split())

@@ -1,7 +1,7 @@
 """Whether an arm said what plain decoding says, and how near a tie it was where it did not.
 
-In fp32 answers are identical. In 16 bits the last bits of a verify and of a one-token forward differ, so a near tie
-may fall the other way: it is counted, while anything beyond the measured noise is a bug.
+In fp32 answers are identical. In 16 bits the last bits of a verify and of a one-token forward differ, so a
+near tie may fall the other way: it is counted, while anything beyond the measured noise is a bug.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def compare(
     """The `lossless` entry of a summary.
 
     rule         whether the rule is lossless
-    identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own at a
-                 temperature, a lossy rule, no plain decoding)
+    identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own
+                 at a temperature, a lossy rule, no plain decoding)
     divergences  request, index of the first other token, gap between the target's two best logits there
     """
     same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
@@ -66,7 +66,7 @@ def top2_gap(target: HFTarget, tokens: list[int]) -> float:
 
 @dataclass(frozen=True)
 class Audit:
-    """Emitted tokens against one-token decoding: how many were tied away within the noise, and which were not."""
+    """Emitted tokens against one-token decoding: those tied away within the noise, and those not."""
 
     tokens: int
     near_ties: int
@@ -75,7 +75,7 @@ class Audit:
 
 
 def audit(target: HFTarget, prompt: list[int], tokens: list[int], bound: float) -> Audit:
-    """Teacher-force `tokens` through one-token decoding; each one's gap to the argmax must lie within `bound`."""
+    """Teacher-force `tokens` through one-token decoding; every gap to the argmax must lie within `bound`."""
     rows = decode_logits(target, prompt, tokens)
     gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, tokens, strict=True)]
     beyond = [(i, gap) for i, gap in enumerate(gaps) if gap > bound]
@@ -83,7 +83,7 @@ def audit(target: HFTarget, prompt: list[int], tokens: list[int], bound: float) 
 
 
 def noise_bound(target: HFTarget, texts: list[tuple[list[int], list[int]]], nodes: int = 8) -> float:
-    """4 times the 99.9th percentile of |verify - decode| over the top logits of every position of the answers."""
+    """4 times the 99.9th percentile of |verify - decode| over the top logits at each token of the answers."""
     differences = []
     for prompt, tokens in texts:
         decoded, verified = (

@@ -117,6 +117,11 @@ class HFTarget:
         """The LM head's weight [V, D]."""
         return self.model.get_output_embeddings().weight.detach()
 
+    @property
+    def embedding(self) -> Tensor:
+        """The input embeddings [V, D]."""
+        return self.model.get_input_embeddings().weight.detach()
+
     @torch.inference_mode()
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of up to `length` tokens, and forget what was cached."""

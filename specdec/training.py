@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import Conversation, render
 from .onpolicy import Answers, batches, split, write_answers, write_prompts
-from .proposers.medusa import MedusaHeads, MedusaInfo
+from .proposers.medusa import MedusaHeads, MedusaInfo, root_embeddings
 from .target import HFTarget
 
 RANKS = 10
@@ -25,29 +25,29 @@ RANKS = 10
 class MedusaRecipe:
     """How heads are trained. vocab: tokens drafted, the most frequent of the answers; rows: positions a batch."""
 
-    heads: int = 5
+    heads: int = 3
     vocab: int = 8192
     epochs: int = 6
     rows: int = 512
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: float = 0.05
-    held_out: int = 2
+    held_out: int = 1
 
     def __post_init__(self) -> None:
         for name in ("heads", "vocab", "epochs", "rows", "held_out"):
             if getattr(self, name) < 1:
-                raise ValueError(f"head.{name} is {getattr(self, name)}, expected 1 or more: head.{name}=...")
+                raise ValueError(f"head.{name} is {getattr(self, name)}, expected 1 or more: head.{name}=1")
 
 
 @dataclass(frozen=True)
 class PromptRecipe:
     """What the target answers. written: messages that it writes itself; beginnings: their first words, in turn."""
 
-    written: int = 960
+    written: int = 720
     beginnings: tuple[str, ...] = ("",)
     message_tokens: int = 96
-    answer_tokens: int = 160
-    batch: int = 48
+    answer_tokens: int = 128
+    batch: int = 40
     seed: int = 0
 
 
@@ -73,7 +73,7 @@ def collect(
     messages = [c.turns[0] for c in conversations] + own
     if not messages:
         raise ValueError(
-            "nothing to train on: give prompts with data=, or let the target write some: prompts.written=960"
+            "nothing to train on: give prompts with data=, or let the target write some: prompts.written=720"
         )
     prompts = [render(tokenizer, [{"role": "user", "content": text}], None) for text in messages]
     return write_answers(
@@ -105,11 +105,10 @@ def train(
     state = out.with_suffix(".state")
     run.resume(state)
     while run.step < run.total:
-        run.epoch(answers, report)
+        run.epoch(target, answers, report)
         run.save(state)
-    info = MedusaInfo(
-        recipe.heads, heads.lm_head_UD.shape[1], target.name, target.fingerprint, measure(heads, held_out)
-    )
+    accuracy_KR = measure(heads, target, held_out)
+    info = MedusaInfo(recipe.heads, target.lm_head.shape[1], target.name, target.fingerprint, accuracy_KR)
     part = out.with_suffix(".part")
     heads.save(part, info)
     part.replace(out)
@@ -133,13 +132,13 @@ class _Run:
         self.heads, self.recipe, self.total, self.seed, self.step = heads, recipe, total, seed, 0
         self.optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe.lr, weight_decay=0.0)
 
-    def epoch(self, answers: Answers, report: Callable[[int, int, float], None]) -> None:
+    def epoch(self, target: HFTarget, answers: Answers, report: Callable[[int, int, float], None]) -> None:
         per_epoch = self.total // self.recipe.epochs
         order = torch.Generator().manual_seed(self.seed * 1000 + self.step // per_epoch)
         for rows_X in batches(answers, self.recipe.rows, order):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.lr * self._schedule()
-            loss = loss_of(self.heads, answers, rows_X)
+            loss = loss_of(self.heads, target, answers, rows_X)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
@@ -177,9 +176,9 @@ class _Run:
         self.optimizer.load_state_dict(state["adam"])
 
 
-def loss_of(heads: MedusaHeads, answers: Answers, rows_X: Tensor) -> Tensor:
-    """Cross-entropy of the heads, averaged over the positions that have a token to predict; later heads weigh less."""
-    logits_KXU = heads(_features(heads, answers, rows_X))
+def loss_of(heads: MedusaHeads, target: HFTarget, answers: Answers, rows_X: Tensor) -> Tensor:
+    """Cross-entropy of the heads over the positions that have a token to predict; later heads weigh less."""
+    logits_KXU = _logits(heads, target, answers, rows_X)
     teacher_YU = _teacher(heads, answers, rows_X)
     losses = []
     for k, logits_XU in enumerate(logits_KXU, start=1):
@@ -187,6 +186,11 @@ def loss_of(heads: MedusaHeads, answers: Answers, rows_X: Tensor) -> Tensor:
         logq_XU = logits_XU[valid_X].log_softmax(-1)
         losses.append(0.8**k * -(teacher_YU[k : k + len(rows_X)][valid_X] * logq_XU).sum(-1).mean())
     return torch.stack([loss for loss in losses if loss.isfinite()]).sum()
+
+
+def _logits(heads: MedusaHeads, target: HFTarget, answers: Answers, rows_X: Tensor) -> Tensor:
+    root_XD = root_embeddings(target, answers.tokens_X[rows_X])
+    return heads(_features(heads, answers, rows_X), root_XD.to(heads.lm_head_UD.dtype))
 
 
 def _features(heads: MedusaHeads, answers: Answers, rows_X: Tensor) -> Tensor:
@@ -202,12 +206,12 @@ def _teacher(heads: MedusaHeads, answers: Answers, rows_X: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(heads: MedusaHeads, answers: Answers) -> list[list[float]]:
+def measure(heads: MedusaHeads, target: HFTarget, answers: Answers) -> list[list[float]]:
     """accuracy[k][r]: how often head k's rank-r token was the target's, over all answers."""
     hits_KR, seen_K = torch.zeros(len(heads.bias_KD), RANKS), torch.zeros(len(heads.bias_KD))
     tokens_U = heads.tokens_U.cpu()
     for rows_X in torch.arange(len(answers.tokens_X)).split(512):
-        for k, logits_XU in enumerate(heads(_features(heads, answers, rows_X)).cpu(), start=1):
+        for k, logits_XU in enumerate(_logits(heads, target, answers, rows_X).cpu(), start=1):
             valid_X = rows_X + k < answers.end_X[rows_X]
             top_XR = tokens_U[logits_XU[valid_X].topk(min(RANKS, len(tokens_U))).indices]
             said_X = answers.tokens_X[(rows_X + k)[valid_X]]

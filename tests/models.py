@@ -73,6 +73,7 @@ def untrained_heads(target: HFTarget, tokens: list[int]) -> MedusaHeads:
     heads = MedusaHeads(len(ACCURACY), target.lm_head[tokens_U], tokens_U)
     with torch.no_grad():
         heads.weight_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        heads.root_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     return heads
 
 

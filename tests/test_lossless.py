@@ -1,4 +1,4 @@
-"""Losslessness of a run, judged from outside: identical answers, near ties, and uniform transforms of sampled text."""
+"""Losslessness of a run, judged from outside: identical answers, near ties, transforms that are uniform."""
 
 from dataclasses import replace
 
@@ -55,7 +55,9 @@ def test_a_wrong_token_is_reported_with_its_place_and_gap() -> None:
     best, second = logits_V.topk(2).values.tolist()
     assert plain[1].request == "c1/0"
     assert found["identical"] == 2
-    assert found["divergences"] == [{"request": "c1/0", "index": 7, "top2_gap": pytest.approx(best - second)}]
+    assert found["divergences"] == [
+        {"request": "c1/0", "index": 7, "top2_gap": pytest.approx(best - second, abs=1e-4)}
+    ]
 
 
 def changed(record: RequestRecord, index: int) -> RequestRecord:
@@ -88,7 +90,7 @@ def test_the_audit_tells_near_ties_from_wrong_tokens() -> None:
     assert (near.near_ties, near.beyond) == (1, [])
     beyond = audit(target, PROMPT, [*said[:11], second], bound=gap / 2)
     assert beyond.near_ties == 0
-    assert beyond.beyond == [(11, pytest.approx(gap))]
+    assert beyond.beyond == [(11, pytest.approx(gap, abs=1e-4))]
 
 
 def test_verify_and_decode_logits_have_one_row_a_token() -> None:
@@ -176,5 +178,5 @@ def test_a_tenth_too_much_in_the_exponent_of_q_is_noticed(
         honest(self, node, wrong_V / wrong_V.sum())
 
     monkeypatch.setattr(TokenTree, "draw_children_from", sharpened)
-    _, p_value = transforms(rule, TREES[tree], rows=3 * ROWS, layers=2)
+    _, p_value = transforms(rule, TREES[tree], rows=2 * ROWS, layers=2)
     assert p_value < ALPHA

@@ -287,19 +287,13 @@ def test_heads_survive_a_file(tmp_path: Path) -> None:
     assert said == info(tiny())
     assert loaded.tokens_U.tolist() == [3, 1, 4, 15, 9]
     assert torch.equal(loaded.weight_KDD, heads.weight_KDD.bfloat16().float())
-    hidden_XD = torch.randn(3, heads.bias_KD.shape[1])
-    logits_KXU = loaded(hidden_XD)
+    hidden_XD, root_XD = torch.randn(2, 3, heads.bias_KD.shape[1])
+    logits_KXU = loaded(hidden_XD, root_XD)
     assert logits_KXU.shape == (len(ACCURACY), 3, 5)
-    turned_XD = hidden_XD @ loaded.weight_KDD[1] + loaded.bias_KD[1]
+    turned_XD = hidden_XD @ loaded.weight_KDD[1] + root_XD @ loaded.root_KDD[1] + loaded.bias_KD[1]
     want_XU = (hidden_XD + torch.nn.functional.silu(turned_XD)) @ tiny().lm_head[[3, 1, 4, 15, 9]].T
     assert torch.allclose(logits_KXU[1], want_XU, atol=1e-4)
     assert not any(p.requires_grad for p in loaded.parameters())
-
-
-def test_a_head_without_training_repeats_the_lm_head() -> None:
-    heads = MedusaHeads(2, tiny().lm_head, torch.arange(VOCAB))
-    hidden_XD = torch.randn(3, tiny().lm_head.shape[1])
-    assert torch.allclose(heads(hidden_XD), (hidden_XD @ tiny().lm_head.T).expand(2, 3, VOCAB), atol=1e-5)
 
 
 def test_the_tree_is_fitted_to_the_heads_and_no_deeper_than_they_are_many(tmp_path: Path) -> None:

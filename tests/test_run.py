@@ -18,7 +18,8 @@ from specdec.store import RunFolder
 BASE = ["target=random", "proposer=ngram", "tree=chain", "data.limit=2", "max_new_tokens=8"]
 KEYS = """schema_version target proposer tree accept data batch_size temperature requests tokens
 tokens_per_step nodes_per_step break_even acceptance_by_depth acceptance_histogram tokens_per_second speedup
-ttft_ms tpot_ms latency_ms itl_ms time_split_ms_per_step usd_per_million_tokens joules_per_token peak_memory_mb lossless by_category"""
+ttft_ms tpot_ms latency_ms itl_ms time_split_ms_per_step usd_per_million_tokens joules_per_token
+peak_memory_mb lossless by_category"""
 FILES = {"summary.json", "requests.parquet", "steps.parquet", "config.yaml", "env.json"}
 QUIET = {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "WANDB_SILENT": "true"}
 

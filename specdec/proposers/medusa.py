@@ -1,7 +1,8 @@
 """Medusa heads (Cai et al. 2024, arXiv:2401.10774): small residual heads that read what the LM head reads.
 
-Head k (1-based) says what stands k tokens behind the one that the LM head predicts there. The law at a node
-depends on its depth alone. Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary, R ranks.
+Head k (1-based) says what stands k tokens behind the one that the LM head predicts there: the root. By the time
+that heads draft, the root is known, so they read its embedding too, as Hydra's first head does (2402.05109). The
+law at a node depends on its depth alone. Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary, R ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from ..trees import TreePolicy
 
 
-STORED = {"weight_KDD": torch.bfloat16, "bias_KD": torch.bfloat16, "tokens_U": torch.int32}
+STORED = {
+    "weight_KDD": torch.bfloat16,
+    "root_KDD": torch.bfloat16,
+    "bias_KD": torch.bfloat16,
+    "tokens_U": torch.int32,
+}
 
 
 @dataclass(frozen=True)
@@ -46,22 +52,23 @@ class MedusaInfo:
 
 
 class MedusaHeads(nn.Module):
-    """K residual blocks, h + silu(h W_k + b_k), before the target's LM head cut to U tokens.
+    """K residual blocks, h + silu(h W_k + r R_k + b_k), before the target's LM head cut to U tokens.
 
-    W and b start at zero, so an untrained head repeats the LM head.
+    r is the root's embedding. W, R and b start at zero, so an untrained head repeats the LM head.
     """
 
     def __init__(self, heads: int, lm_head_UD: Tensor, tokens_U: Tensor) -> None:
         super().__init__()
         width = lm_head_UD.shape[1]
         self.weight_KDD = nn.Parameter(torch.zeros(heads, width, width))
+        self.root_KDD = nn.Parameter(torch.zeros(heads, width, width))
         self.bias_KD = nn.Parameter(torch.zeros(heads, width))
         self.register_buffer("lm_head_UD", lm_head_UD, persistent=False)
         self.register_buffer("tokens_U", tokens_U)
 
-    def forward(self, hidden_XD: Tensor) -> Tensor:
-        """Logits [K, X, U] over the draft vocabulary."""
-        turned_KXD = torch.einsum("xd,kde->kxe", hidden_XD, self.weight_KDD) + self.bias_KD.unsqueeze(1)
+    def forward(self, hidden_XD: Tensor, root_XD: Tensor) -> Tensor:
+        """Logits [K, X, U] over the draft vocabulary; root_XD as `root_embeddings` gives it."""
+        turned_KXD = hidden_XD @ self.weight_KDD + root_XD @ self.root_KDD + self.bias_KD.unsqueeze(1)
         return F.linear(hidden_XD + F.silu(turned_KXD), self.lm_head_UD)
 
     def save(self, path: Path, info: MedusaInfo) -> None:
@@ -99,7 +106,8 @@ def _check(path: Path, info: MedusaInfo, tensors: dict[str, Tensor], target: HFT
 def _problem(info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> str | None:
     """What is wrong with a file of heads for this target, if anything is."""
     (vocab, width), found = target.lm_head.shape, {name: tuple(t.shape) for name, t in tensors.items()}
-    shapes = {"weight_KDD": (info.heads, width, width), "bias_KD": (info.heads, width)}
+    shapes = dict.fromkeys(("weight_KDD", "root_KDD"), (info.heads, width, width))
+    shapes["bias_KD"] = (info.heads, width)
     shapes["tokens_U"] = found.get("tokens_U", ())[:1]
     if info.fingerprint != target.fingerprint:
         return (
@@ -119,6 +127,12 @@ def _problem(info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> 
     if not all(t.isfinite().all() for t in tensors.values()):
         return "holds weights that are not finite"
     return None
+
+
+def root_embeddings(target: HFTarget, tokens_X: Tensor) -> Tensor:
+    """[X, D]: the target's embeddings of tokens, scaled to a root mean square of 1 as hidden states are."""
+    embedding_XD = target.embedding[tokens_X.to(target.device)]
+    return F.rms_norm(embedding_XD, embedding_XD.shape[-1:])
 
 
 class Medusa(Grown):
@@ -151,17 +165,18 @@ class Medusa(Grown):
         return min(super().levels(seq), len(seq.draft.laws))
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
-        self._run_heads([s.draft for s in seqs if len(s.draft.hidden_1D)])
+        self._run_heads([s for s in seqs if len(s.draft.hidden_1D)])
         return super().propose(seqs)
 
     @torch.inference_mode()
-    def _run_heads(self, drafts: list[_Draft]) -> None:
-        if not drafts:
+    def _run_heads(self, seqs: list[Sequence]) -> None:
+        if not seqs:
             return
-        logits_KBU = self.heads(torch.cat([d.hidden_1D for d in drafts])).float()
+        root_BD = root_embeddings(self.target, torch.tensor([s.tokens[-1] for s in seqs]))
+        logits_KBU = self.heads(torch.cat([s.draft.hidden_1D for s in seqs]), root_BD).float()
         logq_KBU = torch.log_softmax(logits_KBU / self.temperature, dim=-1)
-        for b, draft in enumerate(drafts):
-            draft.laws = [
+        for b, seq in enumerate(seqs):
+            seq.draft.laws = [
                 DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in logq_KBU[:, b]
             ]
 

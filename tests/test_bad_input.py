@@ -1,0 +1,211 @@
+"""Wrong input ends in one line that names the value and what mends it, before a model is loaded if it can."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny, tiny_model, untrained_heads
+
+from specdec import config
+from specdec.config import build, load_config
+from specdec.loading import Loaded, random_model
+from specdec.proposers.medusa import MedusaInfo
+from specdec.run import main, run
+from specdec.store import RunFolder
+
+BASE = ["target=random", "proposer=ngram", "tree=chain", "data.limit=1", "max_new_tokens=4", "ui=none"]
+
+
+def start(*overrides: str, out: Path = Path("out")) -> dict:
+    return run(load_config([*BASE, *overrides]), str(out))
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(yaml: str, allow: tuple[str, ...]) -> Loaded:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(config, "_load_once", load)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+BEFORE_ANY_MODEL = {
+    "proposer=ngrams": r"proposer=ngrams is unknown; the nearest is 'ngram'",
+    "target=rnd": r"target=rnd is unknown; the nearest is 'random'",
+    "proposer.max=3": r"override proposer.max is unknown; the nearest is 'proposer.max_n'",
+    "temperature": r"'temperature' is no override, expected KEY=VALUE",
+    "proposer._target_=os.system": r"lies outside specdec .* allow=\[os\]",
+    "+proposer.matchs=3": r"proposer.matchs is unknown; the nearest is 'matches'",
+    "accept=rejection": r"accept=rejection needs drafted tokens that are drawn: tree=sampled_chain",
+    "accept=block tree=sampled": r"accept=block judges chains, this tree branches: tree=sampled_chain",
+    "accept=greedy temperature=0.5": r"accept=greedy is for temperature=0, got .*=0.5; use accept=match",
+    "accept=typical tree=sampled": r"accept=typical is for deterministic drafts, .*: tree=static",
+    "temperature=-1": r"temperature is -1, expected 0",
+    "temperature=hot": r"temperature is 'hot', expected a number: temperature=0.0",
+    "top_p=0": r"top_p is 0, expected .*top_p=0.9",
+    "top_k=1.5": r"top_k is 1.5, expected a whole number: top_k=0",
+    "batch_size=0": r"batch_size is 0, expected 1 or more: batch_size=1",
+    "max_new_tokens=0": r"max_new_tokens is 0, expected 1 or more: max_new_tokens=1",
+    "max_new_tokens=many": r"max_new_tokens is 'many', expected a whole number: max_new_tokens=128",
+    "repeats=0": r"repeats is 0, expected 1 or more: repeats=1",
+    "repeats=true": r"repeats is True, expected a whole number",
+    "seed=null": r"seed is None, expected a whole number: seed=0",
+    "threads=0": r"threads is 0, expected 1 or more, or null .*threads=2",
+    "ui=jason": r"ui=jason: expected one of .*; the nearest is ui=json",
+    "baseline=[none,hff]": r"baseline=\[hff\] is unknown; the nearest is 'hf'; there is: none, hf, ",
+    "baseline=hf": r"baseline is 'hf', expected a list: baseline=\[hf\]",
+    "baseline=[hf_assisted]": r"baseline=\[hf_assisted\] needs a draft model, .*: proposer=draft_lm",
+    "baseline=[none,hf_lookup_10] batch_size=2": r"hf_lookup_10 takes one prompt at a time .* batch_size=1",
+    "tree.depth=deep": r"tree.depth is 'deep', expected a whole number: tree.depth=5",
+    "tree.depth=-1": r"tree.depth is -1, expected 0 or more: tree.depth=5",
+    "tree=topk tree.widths=3": r"tree.widths is 3, expected a list: tree.widths=\[3\]",
+    "data=jsonl": r"data=jsonl needs a file: data.path=FILE",
+    "data=jsonl data.path=nothing.jsonl": r"data.path=nothing.jsonl is not a file",
+    "data=jsonl data.path=empty.jsonl": r"empty.jsonl is empty, expected one JSON object a line",
+    "data=jsonl data.path=malformed.jsonl": r"malformed.jsonl, line 2: malformed JSON",
+    "data=jsonl data.path=silent.jsonl": r"silent.jsonl, line 1: 'turns' must be a non-empty list",
+    "data.categories=[poems]": r"no category poems; present: coding, ",
+    "data.limit=0": r"data.limit=0 must be an integer of at least 1",
+    "hardware.price_per_hour=-1": r"hardware.price_per_hour=-1: expected US dollars per hour",
+    "logger=wandb logger.mode=of": r"logger.mode=of: .*; the nearest is logger.mode=off",
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(("words", "said"), BEFORE_ANY_MODEL.items(), ids=BEFORE_ANY_MODEL)
+def test_refused_before_a_model_is_loaded(words: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    good = '{"question_id": 1, "category": "x", "turns": ["hello"]}'
+    (tmp_path / "malformed.jsonl").write_text(f"{good}\n{good[:-2]}\n")
+    (tmp_path / "silent.jsonl").write_text(good.replace('"hello"', ""))
+    with pytest.raises(ValueError, match=said) as caught:
+        start(*words.split())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out=.*file/run: a file is in the way, .* choose another out=DIR"):
+        start(out=tmp_path / "file" / "run")
+    monkeypatch.setattr("sys.argv", ["run", *BASE, f"out={tmp_path / 'file' / 'run'}"])
+    with pytest.raises(
+        SystemExit, match=r"^specdec: out=.*/file/run: a file is in the way .*choose another out=DIR$"
+    ):
+        main()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("sys.argv", ["run", *BASE, f"out={tmp_path / 'new'}"])
+    with pytest.raises(
+        SystemExit, match=r"can't be written, expected a folder to write in: choose another out=DIR$"
+    ):
+        main()
+
+
+@pytest.mark.parametrize("words", ["proposer=ngrams", "temperature", "tree.dept=3"])
+def test_the_command_line_answers_in_one_line(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run", *BASE, words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert re.fullmatch(r"specdec: .+", str(stopped.value.code))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("target.device=cuda:7", r"target.device=cuda:7: CUDA shows \d+ devices here; set target.device=cpu"),
+        ("target.dtype=float8", r"target.dtype=float8: expected auto, float32"),
+        ("target=hf", r"target=hf needs target.path=ID_OR_FOLDER"),
+        ("target.architecture=lama", r"lama.*llama"),
+    ],
+)
+def test_refused_by_the_loader_before_it_loads(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_config(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
+    with pytest.raises(ValueError, match=said):
+        start(*words.split())
+
+
+def test_a_target_that_cannot_roll_back() -> None:
+    with pytest.raises(ValueError, match=r"can't be rolled back .*choose another target.path"):
+        start("target.architecture=mamba", "target.config={num_hidden_layers: 1}")
+
+
+def test_a_prompt_that_does_not_fit() -> None:
+    said = r"request 1/0: \d+ tokens of prompt and 3000 of answers exceed the 2048 .*lower max_new_tokens="
+    with pytest.raises(ValueError, match=said):
+        start("max_new_tokens=3000")
+
+
+def test_heads_for_another_target(tmp_path: Path) -> None:
+    other = MedusaInfo(5, 64, "another", "0123456789abcdef", [[0.5]] * 5)
+    untrained_heads(tiny(), [1, 2, 3]).save(tmp_path / "heads.safetensors", other)
+    with pytest.raises(
+        ValueError, match=r"was trained for another .*this target is random-llama .*proposer.heads="
+    ):
+        start("proposer=medusa", "proposer.heads=heads.safetensors")
+    with pytest.raises(ValueError, match=r"proposer.heads=nobody: no such file"):
+        start("proposer=medusa", "proposer.heads=nobody")
+
+
+def test_a_draft_with_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        def get_vocab(self) -> dict[str, int]:
+            return {"hello": 0}
+
+    loaded = Loaded(tiny_model(), Other(), "draft", "", ())
+    monkeypatch.setattr("specdec.proposers.draft_lm.pretrained", lambda *_: loaded)
+    with pytest.raises(ValueError, match=r"the draft small has another tokenizer .*proposer.path="):
+        start("proposer=draft_lm", "proposer.path=small")
+
+
+def test_a_draft_is_a_path_or_layers() -> None:
+    with pytest.raises(ValueError, match=r"expected one of proposer.path=ID_OR_FOLDER and proposer.layers=8"):
+        start("proposer=draft_lm")
+
+
+def test_what_a_target_makes_must_be_a_proposer() -> None:
+    cfg = load_config([*BASE, "proposer=none", "proposer._target_=specdec.tree.Verdict"])
+    with pytest.raises(ValueError, match=r"proposer._target_ made a Verdict, expected a specdec.Proposer"):
+        build(cfg)
+
+
+def test_logits_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = random_model(device="cpu")
+    with torch.no_grad():
+        loaded.model.lm_head.weight[7] = torch.nan
+    monkeypatch.setattr(config, "_load_once", lambda *_: loaded)
+    with pytest.raises(
+        FloatingPointError, match=r"^request 1/0, step 0: .*NaN or infinite; try target.dtype=float32$"
+    ):
+        start()
+
+
+def test_a_full_disk_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, written = os.replace, []
+
+    def full(source: Path, target: Path) -> None:
+        if target.name.startswith("group-"):
+            written.append(target)
+            if len(written) == 2:
+                raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=r"no space left .*same command again with out=out"):
+            start()
+    kept = RunFolder("out").load()
+    assert {r.request for r in kept} == {"1/0"}
+    start()
+    assert RunFolder("out").load()[: len(kept)] == kept
