@@ -1,4 +1,4 @@
-"""specdec: which speculative decoding method makes this model faster on these prompts, by how much, and why."""
+"""Which speculative decoding method makes this model faster on these prompts, by how much, and why."""
 
 from .accept import Rule
 from .config import build, load_config

@@ -1,4 +1,4 @@
-"""Training data from the target itself: the prompts it writes, the answers it gives, and what its LM head read.
+"""Training data from the target itself: prompts it writes, answers it gives, and what its LM head read.
 
 Shapes: X answer tokens of a shard, D width.
 """
@@ -78,8 +78,9 @@ def write_prompts(
 ) -> list[str]:
     """User messages that the target writes itself, sampled from its chat template's opening; no two alike.
 
-    beginnings  first words of the messages, taken in turn; "" leaves them to the target. Messages that do not end
-                within `longest` tokens are dropped, so somewhat fewer than `count` come back.
+    beginnings  first words of the messages, taken in turn; "" leaves them to the target
+
+    Messages that do not end within `longest` tokens are dropped, so somewhat fewer than `count` come back.
     Each batch is kept in `folder`, and not written again.
     """
     folder.mkdir(parents=True, exist_ok=True)

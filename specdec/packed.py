@@ -1,7 +1,7 @@
 """The LM head on a CPU, with its weight packed once for oneDNN.
 
-For a handful of rows, as a tree has, the stock product of a large vocabulary reads the weight several times: 18 ms
-for 8 rows of 49,152 x 576 where the packed one takes 7 (experiments/LOG.md). Costs one more copy of the weight.
+For a handful of rows, as a tree has, the stock product of a large vocabulary is slow: 18 ms for 8 rows of
+49,152 x 576 where the packed one takes 7 (experiments/LOG.md). Costs one more copy of the weight.
 """
 
 from collections.abc import Callable, Iterator

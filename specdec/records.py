@@ -1,4 +1,4 @@
-"""What a run writes down: plain numbers, from which every metric (ours or another project's) can be derived."""
+"""What a run writes down: plain numbers, from which any project's metrics can be derived."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ class StepRecord:
 
     step      0-based index of the step within its request
     nodes     nodes verified, root included (plain decoding: 1)
-    offered   depths that were reached with a proposal: `accepted`, plus one where the last accepted node had children
+    offered   depths reached with a proposal: `accepted`, plus one where the last accepted node had children
     accepted  drafted tokens that the rule accepted
     emitted   `accepted + 1`: the bonus included, tokens cut at the end still counted
     kept      tokens that stayed after the cut at a stop token or the length limit
@@ -27,7 +27,7 @@ class StepRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request answered by one arm in one repeat. Times are seconds since the request (or its batch) started.
+    """One request answered by one arm in one repeat. Times are seconds since it, or its batch, started.
 
     arm          "method", or the name of a baseline
     prefill_end  end of the last prefill forward
@@ -67,6 +67,6 @@ class RequestRecord:
 
     @property
     def decode_seconds_per_token(self) -> float | None:
-        """Time after the last prefill forward, per token emitted in it; None if nothing was emitted after it."""
+        """Time after the last prefill forward, per token emitted then; None if none was."""
         late = sum(n for t, n in zip(self.burst_times, self.burst_sizes, strict=True) if t > self.prefill_end)
         return (self.latency - self.prefill_end) / late if late else None

@@ -23,7 +23,7 @@ RANKS = 10
 
 @dataclass(frozen=True)
 class MedusaRecipe:
-    """How heads are trained. vocab: tokens drafted, the most frequent of the answers; rows: positions a batch."""
+    """How heads are trained. vocab: the most frequent tokens are drafted; rows: positions a batch."""
 
     heads: int = 3
     vocab: int = 8192
@@ -41,7 +41,7 @@ class MedusaRecipe:
 
 @dataclass(frozen=True)
 class PromptRecipe:
-    """What the target answers. written: messages that it writes itself; beginnings: their first words, in turn."""
+    """What the target answers. written: messages of its own; beginnings: their first words, in turn."""
 
     written: int = 720
     beginnings: tuple[str, ...] = ("",)
@@ -92,12 +92,12 @@ def train(
 ) -> MedusaInfo:
     """Train heads on the shards, write them to `out` and say how they do on held-out answers.
 
-    Resumes from `out`.state if that is there; stopping at any point and going on gives the same weights on a CPU.
+    Resumes from the .state file beside `out`; stopping and going on gives the same weights on a CPU.
     """
     training_files, held_out_files = split(shards, recipe.held_out)
     if not training_files:
         raise ValueError(
-            f"{len(shards)} shards are too few to hold {recipe.held_out} out: head.held_out=1, or more prompts"
+            f"{len(shards)} shards are too few to hold {recipe.held_out} out: head.held_out=1, or more data"
         )
     answers, held_out = Answers.load(training_files), Answers.load(held_out_files)
     heads = _fresh_heads(target, answers, recipe)

@@ -20,9 +20,9 @@ class TokenTree:
     tokens_N   token at each node
     parents_N  index of the parent; -1 at the root and smaller than the node's own index elsewhere
     q_rows     R rows of [V] float32: the laws that children were really drawn from
-    q_row_N    row of q from which the children of n were drawn one after the other, without replacement, in index
-               order; -1 where they are deterministic. q and the target's p share an index: both are next-token
-               laws *at* node n
+    q_row_N    row of q from which the children of n were drawn one after the other, without replacement, in
+               index order; -1 where they are deterministic. q and the target's p share an index: both are
+               next-token laws *at* node n
     logp_N     log-probability that the draft gives each node after its parent; information only
     """
 
@@ -117,7 +117,7 @@ class TreeBatch:
 
     tokens_BN, parents_BN, depth_BN  int64
     n_B                              int64, nodes that are real
-    q_BNV                            float32 or None: the law at each node, zero rows where children are deterministic
+    q_BNV                            float32 or None: the law at each node, 0 where children are deterministic
     drawn_BN                         bool: the node's children were drawn from its row of q
     """
 
@@ -182,7 +182,7 @@ def _pack_q(trees: list[TokenTree], nodes: int, device: torch.device | str) -> T
 
 @dataclass
 class VerdictBatch:
-    """Verdicts on the device: path_BA int64 padded with -1, count_B accepted nodes, bonus_B the tokens after them."""
+    """Verdicts on the device: path_BA int64 padded with -1, count_B accepted nodes, bonus_B tokens."""
 
     path_BA: Tensor
     count_B: Tensor

@@ -1,4 +1,4 @@
-"""The embedded target itself: nothing is lost by any proposer, tree, batch or dtype. Minutes, so marked slow."""
+"""The embedded target itself: no proposer, tree, batch or dtype loses anything. Minutes, so marked slow."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""Training on a tiny target: heads learn, are measured on what they have not seen, and survive an interruption."""
+"""Training on a tiny target: heads learn, are measured on held-out answers, survive an interruption."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,8 +1,9 @@
 """Medusa heads (Cai et al. 2024, arXiv:2401.10774): small residual heads that read what the LM head reads.
 
-Head k (1-based) says what stands k tokens behind the one that the LM head predicts there: the root. By the time
-that heads draft, the root is known, so they read its embedding too, as Hydra's first head does (2402.05109). The
-law at a node depends on its depth alone. Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary, R ranks.
+Head k (1-based) says what stands k tokens behind the root, the token that the LM head said there. The root is
+known by then, so heads read its embedding too, as Hydra's first head does (2402.05109). The law at a node
+depends on its depth alone.
+Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary, R ranks.
 """
 
 from __future__ import annotations
