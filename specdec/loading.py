@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # A wide initialisation keeps the laws of so narrow a model away from uniform; random text has no natural end.
 TINY: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
 TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-TINY |= {"max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+TINY |= {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 @dataclass(frozen=True)

@@ -282,16 +282,12 @@ class Logbook(NGram):
 
     def __init__(self, target: HFTarget) -> None:
         super().__init__(target, Chain(depth=3))
-        self.proposed, self.finished = [], []
+        self.proposed: list[list[int]] = []
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         assert not any(s.done for s in seqs)
         self.proposed.append([s.request for s in seqs])
         return super().propose(seqs)
-
-    def finish(self, seq: Sequence) -> None:
-        assert seq.done
-        self.finished.append(seq.request)
 
 
 def test_sequences_that_are_done_leave_the_batch() -> None:
@@ -302,7 +298,6 @@ def test_sequences_that_are_done_leave_the_batch() -> None:
     assert book.proposed[0] == [0, 1, 2, 3]
     assert book.proposed[1] == [0, 2, 3]
     assert book.proposed[-1] == [2]
-    assert sorted(book.finished) == [0, 1, 2, 3]
     assert sum(row.kept for row in steps) == sum(limits)
 
 
