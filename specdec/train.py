@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> Path:
     conversations = load_conversations(cfg) if cfg.get("data") else []
     loaded = load_target(cfg)
     target = as_target(loaded)
-    shards = collect(target, loaded.tokenizer, conversations, prompts, out, loaded.stop_ids)
+    shards = collect(target, target.tokenizer, conversations, prompts, out, loaded.stop_ids)
     file = out / "heads.safetensors"
     columns = (TextColumn("training heads, loss {task.fields[loss]:.3f}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
