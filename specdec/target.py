@@ -115,7 +115,7 @@ class HFTarget:
     @property
     def lm_head(self) -> Tensor:
         """The LM head's weight [V, D]."""
-        return self.model.get_output_embeddings().weight.detach()
+        return self._head.weight.detach()
 
     @property
     def embedding(self) -> Tensor:
@@ -163,8 +163,7 @@ class HFTarget:
         logits_BNV, hidden = self._forward(
             span, batch.tokens_BN[:, since:], batch.depth_BN, batch.ancestors_BNN[:, since:], self.model
         )
-        rows = [s.slot - first for s in seqs]
-        if rows == list(range(len(span))):
+        if (rows := [s.slot - first for s in seqs]) == list(range(len(span))):
             return TargetOutput(logits_BNV, hidden)
         return TargetOutput(logits_BNV[rows], {tap: h_BND[rows] for tap, h_BND in hidden.items()})
 
@@ -192,7 +191,6 @@ class HFTarget:
         prefix_B = self.cache.prefix(slots, self.device)
         starts = [self.cache.lengths[s] + C - T for s in slots]
         self.cache.aim(slots, starts, max(starts) + T)
-        position_BT = prefix_B.unsqueeze(1) + depth_BC[:, C - T :]
         with (
             tapped(self.model.base_model.get_decoder(), self.layers, self.needs_hidden) as hidden,
             replaced(self._head, self._head_forward),
@@ -200,7 +198,7 @@ class HFTarget:
             out = module(
                 input_ids=tokens_BT,
                 # Nodes and padding past the longest text are never emitted, but need a position that exists.
-                position_ids=position_BT.clamp(max=self.max_length - 1),
+                position_ids=(prefix_B.unsqueeze(1) + depth_BC[:, C - T :]).clamp(max=self.max_length - 1),
                 past_key_values=self.cache,
                 use_cache=True,
                 tree_mask=TreeMask(prefix_B, depth_BC, ancestors_BTC),

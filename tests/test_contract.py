@@ -3,7 +3,6 @@
 A proposer whose YAML does not build as it stands needs its arguments for the tiny targets in `arguments`.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -47,15 +46,6 @@ def named(group: str) -> dict[str, dict]:
 
 
 PROPOSERS, TREES, RULES = named("proposer"), named("tree"), named("accept")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two threads only slow tiny models down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

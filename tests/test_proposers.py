@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +45,6 @@ from specdec.text import Bytes
 from specdec.tree import TokenTree
 from specdec.trees import Chain, Sampled, Static, TopK, TreePolicy
 from specdec.zoo import zoo_file
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two threads only slow tiny models down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ngram(tree: TreePolicy | None = None, **settings: object) -> NGram:

@@ -2,7 +2,6 @@
 
 import copy
 import random
-from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
 
@@ -71,15 +70,6 @@ ARCHITECTURES = {
     "gpt2": GPT2,
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two threads only slow tiny models down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(kind: str, **changes: object) -> PreTrainedModel:
