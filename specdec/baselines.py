@@ -1,4 +1,4 @@
-"""Baselines that `transformers` itself decodes, on the model object that our loop runs: plain generate,
+"""Names of the baselines, and those that `transformers` decodes on the model our loop runs: plain generate,
 prompt lookup, assisted decoding. What a checkpoint adds to decoding (penalties, stop ids, caches) is off."""
 
 import time
@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from specdec.sampling import Sampling
 
 LOOKUP_TOKENS = {f"hf_lookup_{n}": n for n in (5, 10, 20)}
+# Plain decoding in our loop in another dtype: a method must beat the fastest of them, not only its own.
+PLAIN_DTYPES = {f"none_{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 NAMES = ("hf", *LOOKUP_TOKENS, "hf_assisted")
 
 

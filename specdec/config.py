@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._paths import conf_dir
 from .accept import Rule
-from .baselines import NAMES, check_baseline
+from .baselines import NAMES, PLAIN_DTYPES, check_baseline
 from .data import Conversation
 from .hardware import Hardware
 from .loading import Loaded
@@ -194,8 +194,8 @@ def check_combination(tree: TreePolicy, accept: Rule, sampling: Sampling) -> Non
 def check_baselines(settings: Settings, proposer: type) -> None:
     """ValueError for a baseline that does not exist, or can't run with these settings or this proposer."""
     for name in settings.baseline:
-        expect_known(str(name), ["none", *NAMES], f"baseline=[{name}]")
-        if name != "none":
+        expect_known(str(name), ["none", *PLAIN_DTYPES, *NAMES], f"baseline=[{name}]")
+        if name in NAMES:
             check_baseline(name, settings.batch_size)
     if "hf_assisted" in settings.baseline and not hasattr(proposer, "assistant"):
         raise ValueError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NOISE_FACTOR = 4.0
 NOISE_QUANTILE = 0.999
 TOP = 10  # logits of a position that enter the noise
+AUDITED = 8  # answers that differ, at most, whose tokens are audited
 
 
 def compare(
@@ -39,10 +40,11 @@ def compare(
     identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own
                  at a temperature, a lossy rule, no plain decoding)
     divergences  request, index of the first other token, gap between the target's two best logits there
+    audit        of the answers that differ, the first few: `audit_answers`; None where none do
     """
     same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
     if not same_text or not plain:
-        return {"rule": e.accept.lossless, "identical": None, "divergences": []}
+        return {"rule": e.accept.lossless, "identical": None, "divergences": [], "audit": None}
     said = {r.request: r.tokens for r in plain if r.repeat == 0}
     answers = {r.request: r.tokens for r in method if r.repeat == 0}
     differ = {q: first_difference(tokens, said[q]) for q, tokens in answers.items() if tokens != said[q]}
@@ -50,7 +52,14 @@ def compare(
         {"request": q, "index": i, "top2_gap": top2_gap(e.target, prompts[q] + said[q][:i])}
         for q, i in differ.items()
     ]
-    return {"rule": True, "identical": len(answers) - len(differ), "divergences": divergences}
+    greedy = e.sampling.temperature == 0
+    texts = [(prompts[q], answers[q]) for q in differ][:AUDITED] if greedy else []
+    return {
+        "rule": True,
+        "identical": len(answers) - len(differ),
+        "divergences": divergences,
+        "audit": audit_answers(e.target, texts) if texts else None,
+    }
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
@@ -80,6 +89,23 @@ def audit(target: HFTarget, prompt: list[int], tokens: list[int], bound: float) 
     gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, tokens, strict=True)]
     beyond = [(i, gap) for i, gap in enumerate(gaps) if gap > bound]
     return Audit(len(tokens), sum(0 < gap <= bound for gap in gaps), beyond, bound)
+
+
+def audit_answers(target: HFTarget, texts: list[tuple[list[int], list[int]]]) -> dict:
+    """Greedy answers (prompt, tokens) against one-token decoding, with the noise measured on the same texts.
+
+    near_ties  tokens that are not its argmax, yet within `bound` of it
+    beyond     tokens that no noise explains: the loop, the cache or the kernel is wrong
+    """
+    bound = noise_bound(target, texts)
+    audits = [audit(target, prompt, tokens, bound) for prompt, tokens in texts]
+    return {
+        "answers": len(audits),
+        "tokens": sum(a.tokens for a in audits),
+        "near_ties": sum(a.near_ties for a in audits),
+        "beyond": sum(len(a.beyond) for a in audits),
+        "bound": bound,
+    }
 
 
 def noise_bound(target: HFTarget, texts: list[tuple[list[int], list[int]]], nodes: int = 8) -> float:

@@ -6,11 +6,11 @@ A conversation's later turns continue from plain decoding's answers, so that eve
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import metrics
 from .accept import Match, Rule
-from .baselines import Answer, HFGenerate, baseline
+from .baselines import PLAIN_DTYPES, Answer, HFGenerate, baseline
 from .data import Conversation, digest
 from .decode import PARTS, Clock, ProfilingClock, Sequence, decode
 from .hardware import EnergyMeter, Hardware, PeakMemory
@@ -142,7 +142,9 @@ def arms_of(experiment: Experiment) -> dict[str, Arm]:
 
 
 def _baseline_arm(e: Experiment, name: str) -> Arm:
-    if name == "none":
+    if name in PLAIN_DTYPES:
+        e = replace(e, target=e.target.cast(PLAIN_DTYPES[name]))
+    if name == "none" or name in PLAIN_DTYPES:
         return LoopArm(e, NoDraft(e.target, Chain()), Match())
     return HFArm(e, baseline(name, e.target.model, getattr(e.proposer, "assistant", None)))
 

@@ -11,29 +11,31 @@ PHASES = ("propose", "score", "accept", "commit", "host")
 
 
 def result_table(summary: dict) -> Table:
-    """One row for the method; under it one line for each further baseline."""
+    """One row for the method, under it one line a further baseline. Costs only where they are known."""
     names = ("method", "tokens\n/step", "accepted\nby depth", "tok/s", "vs", "decode speedup", "end to\nend")
-    table = _table(*names, "$/Mtok", "J/tok")
+    costs = {"$/Mtok": summary.get("usd_per_million_tokens"), "J/tok": summary.get("joules_per_token")}
+    costs = {name: value for name, value in costs.items() if _known(value)}
+    table = _table(*names, *costs)
     head = [
         method(summary),
         number(summary.get("tokens_per_step")),
         Text(sparkline(summary.get("acceptance_by_depth"))),
         size(summary.get("tokens_per_second")),
     ]
-    cost = [size(summary.get("usd_per_million_tokens")), size(summary.get("joules_per_token"))]
+    tail = [size(value) for value in costs.values()]
     for name, ratio in (summary.get("speedup") or {"n/a": {}}).items():
         decode, whole = ratio.get("decode"), ratio.get("end_to_end")
-        table.add_row(*head, Text(name), speedup(decode), times(whole), *cost)
-        head, cost = [Text()] * 4, [Text()] * 2
+        table.add_row(*head, Text(name), speedup(decode), times(whole), *tail)
+        head, tail = [Text()] * len(head), [Text()] * len(tail)
     return table
 
 
 def category_table(summary: dict) -> Table | None:
-    """One row a category, a pair of columns a baseline; None if the run has no categories."""
+    """One row a category, a narrow column a baseline with its decode speedup; None without categories."""
     rows = summary.get("by_category") or {}
     baselines = list(dict.fromkeys(name for row in rows.values() for name in row.get("speedup") or {}))
-    pairs = [column for name in baselines for column in (f"vs {name}\ndecode", f"vs {name}\nend to end")]
-    table = _table("category", "requests", "tokens\n/step", "tok/s", *pairs)
+    names = [f"vs\n{name.replace('_', chr(10))}" for name in baselines]
+    table = _table("category", "requests", "tokens\n/step", "tok/s", *names)
     for category, row in rows.items():
         ratios = [(row.get("speedup") or {}).get(name) or {} for name in baselines]
         table.add_row(
@@ -41,7 +43,7 @@ def category_table(summary: dict) -> Table | None:
             Text(_text(row.get("requests"))),
             number(row.get("tokens_per_step")),
             size(row.get("tokens_per_second")),
-            *(times(ratio.get(kind)) for ratio in ratios for kind in ("decode", "end_to_end")),
+            *(times(ratio.get("decode")) for ratio in ratios),
         )
     return table if rows else None
 
@@ -114,7 +116,7 @@ def lossless_line(summary: dict) -> str:
     if is_lossy(summary):
         return f"LOSSY: {rule} does not keep the target's law: never compare it with lossless rules"
     if found.get("divergences"):
-        return f"lossless: {_divergences(found['divergences'], requests)}"
+        return f"lossless: {_divergences(found['divergences'], requests)}{_audited(found.get('audit'))}"
     if found.get("identical") is None:
         return f"lossless: by its rule ({rule}); the answers were not compared with plain decoding"
     return f"lossless: yes, all {requests} answers identical to plain decoding"
@@ -220,3 +222,16 @@ def _divergences(found: list[dict], requests: str) -> str:
     shown = [f"{d['request']} at token {d['index']} (top-2 gap {size(d.get('top2_gap'))})" for d in found[:3]]
     more = [f"and {len(found) - 3} more"] if len(found) > 3 else []
     return f"{len(found)} of {requests} answers differ from plain decoding: {', '.join(shown + more)}"
+
+
+def _audited(audit: dict | None) -> str:
+    if audit is None:
+        return ""
+    checked = (
+        f"; of {audit['tokens']} tokens in {audit['answers']} of them, {audit['near_ties']} are near ties"
+    )
+    if audit["beyond"]:
+        return (
+            f"{checked} and {audit['beyond']} LIE BEYOND the noise ({size(audit['bound'])}): a bug, report it"
+        )
+    return f"{checked} and none lies beyond the noise ({size(audit['bound'])})"

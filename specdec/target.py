@@ -5,6 +5,7 @@ Shapes: B batch, N nodes, T rows of a chunk, V vocabulary, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec_kernels import TreeMask, tree_attention
 
+from .architecture import decoder_layers, longest_text, refuse_unsupported, slides
 from .cache import SlotCache
-from .packed import packed_forward, replaced
+from .packed import FEWEST, ROWS, packed_head, packed_layers, replaced
 from .tree import TokenTree, TreeBatch, Verdict
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 ATTENTION = "specdec"
 PREFILL_CHUNK = 512
 SLACK = 128  # rows behind the longest text: a tree and its padding
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 Tap = int | str
 
 
@@ -107,10 +108,15 @@ class HFTarget:
         self.max_length = longest_text(self.config)
         self.device, self.dtype = model.device, model.dtype
         self._head = model.get_output_embeddings()
-        self._head_forward = packed_forward(self._head)
+        self._packed = packed_head(self._head) | packed_layers(model.base_model.get_decoder())
         self.cache = SlotCache(len(self.layers), 1, 0)
         model.set_attn_implementation(ATTENTION)
         self._probe()
+
+    def cast(self, dtype: torch.dtype) -> HFTarget:
+        """The same target in another dtype, with weights of its own."""
+        known = {"tokenizer": self.tokenizer, "name": self.name, "fingerprint": self.fingerprint}
+        return HFTarget(copy.deepcopy(self.model).to(dtype), **known)
 
     @property
     def lm_head(self) -> Tensor:
@@ -158,7 +164,7 @@ class HFTarget:
         first, last = min(s.slot for s in seqs), max(s.slot for s in seqs)
         trees_of = {s.slot: tree for s, tree in zip(seqs, trees, strict=True)}
         span = list(range(first, last + 1))
-        nodes = since + self._padded(max(map(len, trees)) - since)
+        nodes = since + self._padded(max(map(len, trees)) - since, len(span))
         batch = TreeBatch.pack([trees_of.get(slot) or TokenTree([0]) for slot in span], nodes, self.device)
         logits_BNV, hidden = self._forward(
             span, batch.tokens_BN[:, since:], batch.depth_BN, batch.ancestors_BNN[:, since:], self.model
@@ -193,7 +199,7 @@ class HFTarget:
         self.cache.aim(slots, starts, max(starts) + T)
         with (
             tapped(self.model.base_model.get_decoder(), self.layers, self.needs_hidden) as hidden,
-            replaced(self._head, self._head_forward),
+            replaced(self._packed),
         ):
             out = module(
                 input_ids=tokens_BT,
@@ -206,8 +212,10 @@ class HFTarget:
             )
         return getattr(out, "logits", None), hidden
 
-    def _padded(self, rows: int) -> int:
-        """Rows to run for `rows`: oneDNN compiles 16-bit products anew for every shape, so keep to a few."""
+    def _padded(self, rows: int, batch: int = 1) -> int:
+        """Rows to run: as many as layers are packed for; few sizes in 16 bits, where oneDNN compiles each."""
+        if len(self._packed) > 1 and FEWEST <= rows * batch <= ROWS and ROWS % batch == 0:
+            return ROWS // batch
         if self.dtype == torch.float32 or rows == 1:
             return rows
         granule = 8 if rows <= 64 else 64
@@ -231,48 +239,6 @@ class HFTarget:
         else:
             return
         raise ValueError(f"{name} {problem}: it can't score trees; choose another target.path")
-
-
-def refuse_unsupported(config: PreTrainedConfig, model: PreTrainedModel) -> None:
-    """ValueError for models whose state can't drop rejected tokens, or that aren't decoders."""
-    if model.config.is_encoder_decoder or config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; expected a causal LM in target.path")
-    kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS
-    if model._is_stateful or kinds:
-        raise ValueError(
-            f"{type(model).__name__} keeps a state that can't be rolled back after a rejection "
-            f"({', '.join(sorted(kinds)) or 'recurrent'} layers); expected full or sliding attention: "
-            "choose another target.path"
-        )
-
-
-def longest_text(config: PreTrainedConfig) -> int:
-    """Tokens a text may have. Past its first length longrope turns every angle, of cached keys too."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    long = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    return long or getattr(config, "max_position_embeddings", None) or 2**31
-
-
-def slides(config: PreTrainedConfig) -> bool:
-    """Whether a layer has a sliding window that is shorter than the longest text."""
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-    return bool(used and 0 < (getattr(config, "sliding_window", None) or 0) < longest_text(config))
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a causal LM, or of the language model in a multimodal one."""
-    wanted = model.config.get_text_config().num_hidden_layers
-    lists = (
-        m
-        for m in model.base_model.get_decoder().modules()
-        if isinstance(m, nn.ModuleList) and len(m) == wanted
-    )
-    if (layers := next(lists, None)) is None:
-        raise ValueError(
-            f"{type(model).__name__} has no list of {wanted} layers to tap; choose another target.path"
-        )
-    return layers
 
 
 @contextmanager

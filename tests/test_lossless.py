@@ -41,7 +41,7 @@ def experiment(rule: Rule, sampling: Sampling) -> Experiment:
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLING])
 def test_answers_in_float32_are_identical(sampling: Sampling) -> None:
     summary, _ = measure(experiment(Match(), sampling))
-    assert summary["lossless"] == {"rule": True, "identical": len(TALKS), "divergences": []}
+    assert summary["lossless"] == {"rule": True, "identical": len(TALKS), "divergences": [], "audit": None}
 
 
 def test_a_wrong_token_is_reported_with_its_place_and_gap() -> None:
@@ -58,6 +58,10 @@ def test_a_wrong_token_is_reported_with_its_place_and_gap() -> None:
     assert found["divergences"] == [
         {"request": "c1/0", "index": 7, "top2_gap": pytest.approx(best - second, abs=1e-4)}
     ]
+    # What follows the wrong token was decoded after another text, so it is as wrong.
+    assert found["audit"]["tokens"] == 12
+    assert found["audit"]["answers"] == 1
+    assert found["audit"]["beyond"] >= 1
 
 
 def changed(record: RequestRecord, index: int) -> RequestRecord:
@@ -69,7 +73,7 @@ def changed(record: RequestRecord, index: int) -> RequestRecord:
 @pytest.mark.parametrize(("rule", "plain"), [(Recursive(), [1]), (Match(), None)])
 def test_nothing_is_compared_that_need_not_be_equal(rule: Rule, plain: list | None) -> None:
     e = experiment(rule, SAMPLING)
-    assert compare(e, [], plain, {}) == {"rule": True, "identical": None, "divergences": []}
+    assert compare(e, [], plain, {}) == {"rule": True, "identical": None, "divergences": [], "audit": None}
 
 
 def test_where_two_texts_part() -> None:

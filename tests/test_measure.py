@@ -4,13 +4,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny
 
 from specdec.accept import Match
 from specdec.data import Conversation
 from specdec.decode import PARTS, Clock, ProfilingClock
 from specdec.hardware import EnergyMeter, PeakMemory
-from specdec.measure import METHOD, Experiment, LoopArm, Settings, measure, profile
+from specdec.measure import METHOD, Experiment, LoopArm, Settings, arms_of, measure, profile
 from specdec.proposers.ngram import NGram
 from specdec.records import RequestRecord
 from specdec.sampling import Sampling
@@ -188,6 +189,15 @@ def test_nothing_is_answered_if_a_prompt_does_not_fit() -> None:
         ValueError, match=r"request long/1: 205\d tokens of prompt and 12 of answers exceed the 2048"
     ):
         measure(experiment([*TALKS, long]), progress=lambda *_: pytest.fail("too late"))
+
+
+def test_plain_decoding_in_another_dtype_is_a_baseline() -> None:
+    e = experiment(baseline=("none", "none_bfloat16"))
+    summary, _ = measure(e)
+    assert set(summary["speedup"]) == {"none", "none_bfloat16"}
+    twin = arms_of(e)["none_bfloat16"].experiment.target
+    assert (e.target.dtype, twin.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(twin.lm_head, e.target.lm_head.bfloat16())
 
 
 def test_settings_below_the_least() -> None:

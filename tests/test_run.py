@@ -61,7 +61,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert set(summary["itl_ms"]) == {"event", "smoothed"}
     assert set(summary["itl_ms"]["event"]) == {"p50", "p90", "p99"}
     assert set(summary["time_split_ms_per_step"]) == {"propose", "score", "accept", "commit", "host"}
-    assert summary["lossless"] == {"rule": True, "identical": 4, "divergences": []}
+    assert summary["lossless"] == {"rule": True, "identical": 4, "divergences": [], "audit": None}
     assert (summary["requests"], summary["tokens"]) == (4, 32)
     environment = json.loads((tmp_path / "out" / "env.json").read_text())
     assert "proposer=ngram" in environment["overrides"]

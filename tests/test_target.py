@@ -248,7 +248,7 @@ def test_scoring_bit_by_bit_is_scoring_at_once(kind: str) -> None:
         grown = [TokenTree(t.tokens_N[:until], t.parents_N[:until], [], t.q_row_N[:until]) for t in trees]
         parts.append(target.score(seqs, grown, since))
     for b, tree in enumerate(trees):
-        logits_NV = torch.cat([part.logits_BNV[b] for part in parts])
+        logits_NV = torch.cat([part_BNV[b] for part_BNV in parts])
         assert_close(logits_NV[: len(tree)], whole.logits_BNV[b, : len(tree)])
         final_ND = torch.cat([part.hidden["final"][b] for part in parts])
         assert_close(final_ND[: len(tree)], whole.hidden["final"][b, : len(tree)])
@@ -289,7 +289,7 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for padded in (True, False):
         target = make_target("mistral", dtype=torch.bfloat16)
         if not padded:
-            monkeypatch.setattr(target, "_padded", lambda rows: rows)
+            monkeypatch.setattr(target, "_padded", lambda rows, batch=1: rows)
         target.reserve(1, 64)
         target.prefill(0, text[:-1])
         scores[padded] = target.score([seq], [tree]).logits_BNV[0]

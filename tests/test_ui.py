@@ -80,7 +80,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> ui.Screen:
 
 def test_the_result_row_at_80_columns() -> None:
     text = shown(tables.result_table(SUMMARY))
-    first = ["ngram", "2.10", "▁▅█·", "61.2", "none", "1.42x", "[1.31,", "1.54]", "1.38x", "n/a", "0.013"]
+    first = ["ngram", "2.10", "▁▅█·", "61.2", "none", "1.42x", "[1.31,", "1.54]", "1.38x", "0.013"]
     assert row(text, "ngram") == first
     assert row(text, "hf") == ["hf", "0.80x", "[0.70,", "0.90]", "0.79x"]
     assert max(map(len, text.splitlines())) <= 80
@@ -132,7 +132,7 @@ def test_sparkline_rises_with_the_rate_and_intervals_may_be_unknown() -> None:
 
 def test_categories_take_ratios_with_and_without_interval() -> None:
     text = shown(tables.category_table(SUMMARY))
-    assert row(text, "question") == ["question", "answering", "10", "1.50", "40.0", "1.11x", "1.07x"]
+    assert row(text, "question") == ["question", "answering", "10", "1.50", "40.0", "1.11x"]
 
 
 def test_why_names_the_costs() -> None:
@@ -157,6 +157,17 @@ def test_lossless_line() -> None:
     assert "q0 at token 0 (top-2 gap n/a), q1 at token 1 (top-2 gap 0.25), q2" in line
     assert "q3" not in line
     assert "and 2 more" in line
+    assert "near ties" not in line
+
+
+@pytest.mark.parametrize(
+    ("beyond", "words"), [(0, "none lies beyond the noise"), (1, "1 LIE BEYOND the noise")]
+)
+def test_lossless_line_tells_near_ties_from_bugs(beyond: int, words: str) -> None:
+    audit = {"answers": 1, "tokens": 48, "near_ties": 2, "beyond": beyond, "bound": 0.31}
+    found = {"rule": True, "identical": 69, "divergences": [{"request": "q", "index": 3, "top2_gap": 0.1}]}
+    line = tables.lossless_line(summary(lossless={**found, "audit": audit}))
+    assert f"of 48 tokens in 1 of them, 2 are near ties and {words} (0.31)" in line
 
 
 def test_a_lossy_rule_is_labelled_everywhere() -> None:

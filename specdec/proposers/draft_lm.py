@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..architecture import decoder_layers
 from ..loading import pretrained
-from ..target import HFTarget, decoder_layers
+from ..target import HFTarget
 from ..tree import TokenTree, Verdict
 from ..trees import DraftLaw
 from .base import Grown, above_zero
