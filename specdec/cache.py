@@ -10,6 +10,8 @@ from transformers import Cache
 
 from specdec_kernels import kv_keep
 
+from .transfer import to_device
+
 
 class SlotCache(Cache):
     """KV of sequences with their own lengths. Models write through `update`; rows count once committed.
@@ -31,17 +33,22 @@ class SlotCache(Cache):
         for stack in self._stacks.values():
             stack.zero_()
 
-    def aim(self, slots: list[int], starts: list[int], end: int) -> None:
-        """Say where the next forward writes: row i of entry b at starts[b] + i, and reads rows [0, end).
+    def aim(self, slots: list[int], prefix_B: Tensor, offset: int, new: int) -> None:
+        """Say where the next forward writes its `new` rows: from `offset` rows behind each prefix on.
 
-        slots  consecutive, so that the batch is a view of the cache
+        slots     consecutive, so that the batch is a view of the cache
+        prefix_B  committed rows of the slots, on the device
         """
-        if end > self.rows:
-            self._grow(end + end // 4)
-        self._aim, self._views = (slots, starts, end), {}
+        starts = [self.lengths[slot] + offset for slot in slots]
+        self._aim, self._views = (slots, starts, max(starts) + new), {}
+
+    def make_room(self, rows: int) -> None:
+        """Have at least so many rows; what is cached stays."""
+        if rows > self.rows:
+            self._grow(rows + rows // 4)
 
     def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer_idx: int, *_: object, **__: object) -> tuple:
-        """Write the new rows of a layer; returns keys and values of the slots aimed at: [B, G, end, D]."""
+        """Write the new rows of a layer; returns what the slots aimed at hold, [B, G, rows, D] twice."""
         return self._write(k_BGTD, 2 * layer_idx), self._write(v_BGTD, 2 * layer_idx + 1)
 
     def _write(self, new_BGTD: Tensor, index: int) -> Tensor:
@@ -76,15 +83,46 @@ class SlotCache(Cache):
         }
         self.rows = rows
 
-    def keep(self, slot: int, rows_K: list[int]) -> None:
-        """Commit tree rows (ascending, counted from the end of the prefix) of one slot, forget the others."""
+    def keep(self, slots: list[int], rows: list[list[int]]) -> None:
+        """Commit rows of the tree last scored in each slot, and forget the others.
+
+        rows  of each slot: 0, the root, then accepted rows ascending; or none at all
+        """
+        if any(rows_K != list(range(len(rows_K))) for rows_K in rows):  # else they lie where they belong
+            self._move_up(slots, rows)
+        for slot, rows_K in zip(slots, rows, strict=True):
+            self.lengths[slot] += len(rows_K)
+
+    def _move_up(self, slots: list[int], rows: list[list[int]]) -> None:
+        longest, paths = max(map(len, rows)), [rows_K[1:] for rows_K in rows]
+        places = [
+            [slot, self.lengths[slot], len(path), *path, *[0] * (longest - len(path))]
+            for slot, path in zip(slots, paths, strict=True)
+        ]
         for stack in self._stacks.values():
-            kv_keep(stack, slot, self.lengths[slot], rows_K)
-        self.lengths[slot] += len(rows_K)
+            slots_B, prefix_B, count_B, *path = to_device(places, stack.device).unbind(1)
+            kv_keep(stack, slots_B, prefix_B, torch.stack(path, 1), count_B)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.lengths)
 
     def prefix(self, slots: list[int], device: torch.device) -> Tensor:
         """int64 [B]: committed rows of the slots."""
-        return torch.tensor([self.lengths[s] for s in slots], device=device)
+        return to_device([self.lengths[s] for s in slots], device)
+
+
+class DeviceCache(SlotCache):
+    """The same cache with fixed addresses, so that a forward can be captured in a CUDA graph.
+
+    A tensor says where to write, and all rows are read: the tree mask knows which of them count.
+    """
+
+    def aim(self, slots: list[int], prefix_B: Tensor, offset: int, new: int) -> None:
+        self._span = slice(slots[0], slots[-1] + 1)
+        self._entry_B1 = torch.arange(len(slots), device=prefix_B.device).unsqueeze(1)
+        self._rows_BT = prefix_B.unsqueeze(1) + torch.arange(offset, offset + new, device=prefix_B.device)
+
+    def _write(self, new_BGTD: Tensor, index: int) -> Tensor:
+        cache_BGLD = self._stack(new_BGTD)[index, self._span]
+        cache_BGLD.transpose(1, 2).index_put_((self._entry_B1, self._rows_BT), new_BGTD.transpose(1, 2))
+        return cache_BGLD

@@ -15,6 +15,7 @@ from ._paths import conf_dir
 from .accept import Rule
 from .baselines import NAMES, PLAIN_DTYPES, check_baseline
 from .data import Conversation
+from .engine import Engine
 from .hardware import Hardware
 from .loading import Loaded
 from .measure import Experiment, Settings
@@ -126,11 +127,12 @@ class Plan:
     names: dict[str, str]
     make_proposer: Callable[[HFTarget, TreePolicy], Proposer]
     load_target: Callable[[], Loaded]
+    engine: Engine
 
     def load(self) -> Experiment:
         """With the model, and the proposer that needs it."""
         loaded = self.load_target()
-        target = as_target(loaded)
+        target = as_target(loaded, self.engine)
         proposer = self.make_proposer(target, self.tree)
         if not isinstance(proposer, Proposer):
             raise ValueError(
@@ -158,7 +160,7 @@ def prepare(cfg: DictConfig) -> Plan:
     make_proposer = make(cfg.proposer, cfg.allow, partial=True)
     check_baselines(settings, make_proposer.func)
     rest = load_conversations(cfg), names_of(cfg), make_proposer, functools.partial(load_target, cfg)
-    return Plan(settings, sampling, tree, accept, hardware, *rest)
+    return Plan(settings, sampling, tree, accept, hardware, *rest, Engine(**cfg.engine))
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -166,10 +168,10 @@ def build(cfg: DictConfig) -> Experiment:
     return prepare(cfg).load()
 
 
-def as_target(loaded: Loaded) -> HFTarget:
+def as_target(loaded: Loaded, engine: Engine | None = None) -> HFTarget:
     """A loaded model, ready to score trees."""
     known = {"tokenizer": loaded.tokenizer or Bytes(), "name": loaded.name, "fingerprint": loaded.fingerprint}
-    return HFTarget(loaded.model, **known)
+    return HFTarget(loaded.model, engine=engine or Engine(), **known)
 
 
 def check_combination(tree: TreePolicy, accept: Rule, sampling: Sampling) -> None:

@@ -4,7 +4,7 @@ propose -> score -> accept -> commit -> observe -> record. Only the loop changes
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from .accept import Rule
 from .proposers.base import Proposer
 from .records import StepRecord
-from .rng import Rng, Stream
-from .sampling import Laws, Sampling
+from .rng import Rng, Stream, StreamBatch
+from .sampling import Laws, Sampling, not_numbers
 from .target import HFTarget, TargetOutput
-from .tree import TokenTree, Verdict
+from .tree import TokenTree, TreeBatch, Verdict
 
+NOT_A_TOKEN = -1  # the bonus where the target's logits were not numbers
 PARTS = ("propose", "score", "accept", "commit", "host")
 
 
@@ -63,6 +64,11 @@ class Sequence:
     @property
     def finish(self) -> str:
         return "stop" if self.tokens[-1] in self.stop_ids and self.new_tokens else "length"
+
+    @property
+    def where(self) -> str:
+        """The place of its next step, for errors."""
+        return f"request {self.request}, step {len(self.history)}"
 
     @property
     def stream(self) -> Stream:
@@ -158,10 +164,28 @@ def judge(
     accept: Rule, sampling: Sampling, seqs: list[Sequence], trees: list[TokenTree], out: TargetOutput
 ) -> list[Verdict]:
     """The rule's verdict on every sequence: the one place where per-sequence rules meet the batch."""
+    if out.logits_BNV.is_cuda and type(accept).batch is not Rule.batch:
+        return judge_on_device(accept, sampling, seqs, trees, out)
     return [
-        accept(tree, Laws(logits_NV, sampling, f"request {seq.request}, step {len(seq.history)}"), seq.stream)
+        accept(tree, Laws(logits_NV, sampling, seq.where), seq.stream)
         for seq, tree, logits_NV in zip(seqs, trees, out.logits_BNV, strict=True)
     ]
+
+
+def judge_on_device(
+    accept: Rule, sampling: Sampling, seqs: list[Sequence], trees: list[TokenTree], out: TargetOutput
+) -> list[Verdict]:
+    """The same verdicts, with one device-to-host copy for all of them."""
+    logits_BNV = out.logits_BNV
+    batch = TreeBatch.pack(trees, logits_BNV.shape[1], logits_BNV.device)
+    streams = StreamBatch.pack([seq.stream for seq in seqs], logits_BNV.device)
+    decided = accept.batch(batch, sampling.laws(logits_BNV), streams)
+    bad_B = (~logits_BNV.amax(-1).isfinite() & batch.real_BN).any(1)
+    verdicts = replace(decided, bonus_B=decided.bonus_B.masked_fill(bad_B, NOT_A_TOKEN)).unpack()
+    for seq, verdict in zip(seqs, verdicts, strict=True):
+        if verdict.bonus == NOT_A_TOKEN:
+            raise not_numbers(seq.where)
+    return verdicts
 
 
 def advance(seq: Sequence, tree: TokenTree, verdict: Verdict) -> int:

@@ -135,7 +135,7 @@ def verify_logits(target: HFTarget, prompt: list[int], tokens: list[int], nodes:
     for i in range(0, len(roots), nodes):
         chain = roots[i : i + nodes]
         rows += list(target.score([seq], [TokenTree.chain(chain)]).logits_BNV[0, : len(chain)].float())
-        target.keep(0, list(range(len(chain))))
+        target.keep([0], [list(range(len(chain)))])
     return rows
 
 
@@ -148,5 +148,5 @@ def _begin(target: HFTarget, prompt: list[int], length: int) -> Sequence:
 
 def _decode_one(target: HFTarget, seq: Sequence, root: int) -> Tensor:
     logits_V = target.score([seq], [TokenTree([root])]).logits_BNV[0, 0].float()
-    target.keep(0, [0])
+    target.keep([0], [[0]])
     return logits_V

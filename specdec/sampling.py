@@ -90,7 +90,11 @@ class Laws:
         if node not in self._seen:
             logits_V = self.logits_NV[node]
             if not logits_V.max().isfinite():  # the largest is NaN where any is
-                bad = f"{self.where}: the target's logits at node {node} are NaN or infinite"
-                raise FloatingPointError(f"{bad}; try target.dtype=float32")
+                raise not_numbers(self.where)
             self._seen[node] = self.sampling.law(logits_V)
         return self._seen[node]
+
+
+def not_numbers(where: str) -> FloatingPointError:
+    """The error for logits that are NaN or infinite; `where` names the request and the step."""
+    return FloatingPointError(f"{where}: the target's logits are NaN or infinite; try target.dtype=float32")

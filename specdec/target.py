@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,8 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from specdec_kernels import TreeMask, tree_attention
 
 from .architecture import decoder_layers, longest_text, refuse_unsupported, slides
-from .cache import SlotCache
+from .cache import DeviceCache, SlotCache
+from .engine import Engine, Graphs
 from .packed import FEWEST, ROWS, packed_head, packed_layers, replaced
 from .tree import TokenTree, TreeBatch, Verdict
 
@@ -44,6 +46,7 @@ def attend(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     readers: dict[nn.Module, int | None] | None = None,
+    kernel: str = "auto",
     **_: object,
 ) -> tuple[Tensor, None]:
     """What the models call for attention, by way of the attention registry: [B, T, H, D].
@@ -67,6 +70,7 @@ def attend(
         window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,
+        impl=kernel,
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -98,6 +102,7 @@ class HFTarget:
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str = "",
         fingerprint: str = "",
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.config = model, model.config.get_text_config()
         refuse_unsupported(self.config, model)
@@ -107,15 +112,19 @@ class HFTarget:
         self.vocab: int = self.config.vocab_size
         self.max_length = longest_text(self.config)
         self.device, self.dtype = model.device, model.dtype
+        self.engine = engine or Engine()
+        self._graphs = Graphs() if self.engine.captures(self.device, self.config) else None
+        self._cache_type = DeviceCache if self.device.type == "cuda" else SlotCache
         self._head = model.get_output_embeddings()
         self._packed = packed_head(self._head) | packed_layers(model.base_model.get_decoder())
-        self.cache = SlotCache(len(self.layers), 1, 0)
+        self.cache = self._cache_type(len(self.layers), 1, 0)
         model.set_attn_implementation(ATTENTION)
         self._probe()
 
     def cast(self, dtype: torch.dtype) -> HFTarget:
         """The same target in another dtype, with weights of its own."""
         known = {"tokenizer": self.tokenizer, "name": self.name, "fingerprint": self.fingerprint}
+        known["engine"] = self.engine
         return HFTarget(copy.deepcopy(self.model).to(dtype), **known)
 
     @property
@@ -137,7 +146,8 @@ class HFTarget:
                 "lower max_new_tokens=, or choose shorter prompts (data.limit=, data.categories=)"
             )
         if slots > self.cache.slots or length + SLACK > self.cache.rows:
-            self.cache = SlotCache(len(self.layers), slots, length + SLACK)
+            self.cache = self._cache_type(len(self.layers), slots, length + SLACK)
+            self._graphs = Graphs() if self._graphs else None
         self.cache.clear()
 
     def prefill(self, slot: int, tokens: list[int]) -> dict[Tap, Tensor]:
@@ -175,13 +185,12 @@ class HFTarget:
 
     def commit(self, seqs: list[Sequence], verdicts: list[Verdict]) -> None:
         """Keep the rows of each root and accepted path, in order."""
-        for seq, verdict in zip(seqs, verdicts, strict=True):
-            self.keep(seq.slot, [0, *verdict.path_A])
+        self.keep([seq.slot for seq in seqs], [[0, *verdict.path_A] for verdict in verdicts])
 
     @torch.inference_mode()
-    def keep(self, slot: int, rows_K: list[int]) -> None:
-        """Commit some rows of the tree last scored in a slot, ascending, and forget the others."""
-        self.cache.keep(slot, rows_K)
+    def keep(self, slots: list[int], rows: list[list[int]]) -> None:
+        """Commit some rows of the tree last scored in each slot, ascending, and forget the others."""
+        self.cache.keep(slots, rows)
 
     @torch.inference_mode()
     def _forward(
@@ -193,10 +202,27 @@ class HFTarget:
         module: nn.Module,
         **kwargs: object,
     ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
+        inputs = (self.cache.prefix(slots, self.device), tokens_BT, depth_BC, ancestors_BTC)
+        self.cache.make_room(max(self.cache.lengths[s] for s in slots) + depth_BC.shape[1])
+        run = partial(self._run, slots, module, **kwargs)
+        if self._graphs is None or module is not self.model:
+            return run(*inputs)
+        place = (slots[0], len(slots), self.cache.rows, self.needs_hidden)
+        return self._graphs.run((*place, ancestors_BTC.shape), run, inputs)
+
+    def _run(
+        self,
+        slots: list[int],
+        module: nn.Module,
+        prefix_B: Tensor,
+        tokens_BT: Tensor,
+        depth_BC: Tensor,
+        ancestors_BTC: Tensor,
+        **kwargs: object,
+    ) -> tuple[Tensor | None, dict[Tap, Tensor]]:
+        """The part of a step that is captured: no synchronisation, the same addresses every time."""
         T, C = ancestors_BTC.shape[1:]
-        prefix_B = self.cache.prefix(slots, self.device)
-        starts = [self.cache.lengths[s] + C - T for s in slots]
-        self.cache.aim(slots, starts, max(starts) + T)
+        self.cache.aim(slots, prefix_B, C - T, T)
         with (
             tapped(self.model.base_model.get_decoder(), self.layers, self.needs_hidden) as hidden,
             replaced(self._packed),
@@ -208,6 +234,7 @@ class HFTarget:
                 past_key_values=self.cache,
                 use_cache=True,
                 tree_mask=TreeMask(prefix_B, depth_BC, ancestors_BTC),
+                kernel=self.engine.implementation,
                 **kwargs,
             )
         return getattr(out, "logits", None), hidden

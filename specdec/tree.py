@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 WORD = 32
 
 
@@ -133,28 +135,33 @@ class TreeBatch:
         """Pad `trees` to `nodes` nodes each."""
 
         def padded(rows: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([row + [fill] * (nodes - len(row)) for row in rows], device=device)
+            return to_device([row + [fill] * (nodes - len(row)) for row in rows], device)
 
         drawn_BN = padded([t.q_row_N for t in trees], -1) >= 0
         return cls(
             padded([t.tokens_N for t in trees], 0),
             padded([t.parents_N for t in trees], -1),
-            torch.tensor([len(t) for t in trees], device=device),
+            to_device([len(t) for t in trees], device),
             padded([t.depth_N for t in trees], 0),
             _pack_q(trees, nodes, device),
             drawn_BN,
         )
+
+    @property
+    def real_BN(self) -> Tensor:
+        """bool: nodes that are no pads."""
+        return torch.arange(self.tokens_BN.shape[1], device=self.n_B.device) < self.n_B.unsqueeze(1)
 
     @cached_property
     def ancestors_BNN(self) -> Tensor:
         """bool [B, N, N]: as TokenTree.ancestors_NN; a pad sees only itself."""
         B, N = self.tokens_BN.shape
         seen_BNN = torch.eye(N, dtype=torch.bool, device=self.tokens_BN.device).repeat(B, 1, 1)
-        parent_BN = self.parents_BN.clamp(min=0)
-        rooted_BN1 = (self.parents_BN >= 0).unsqueeze(-1)
-        for _ in range(int(self.depth_BN.max())):
-            above_BNN = seen_BNN.gather(1, parent_BN.unsqueeze(-1).expand(B, N, N))
-            seen_BNN = seen_BNN | (above_BNN & rooted_BN1)
+        own_BN = torch.arange(N, device=self.tokens_BN.device).expand(B, N)
+        above_BN = torch.where(self.parents_BN >= 0, self.parents_BN, own_BN)
+        for _ in range((N - 1).bit_length()):  # each round looks twice as far up
+            seen_BNN = seen_BNN | seen_BNN.gather(1, above_BN.unsqueeze(-1).expand(B, N, N))
+            above_BN = above_BN.gather(1, above_BN)
         return seen_BNN
 
     @property

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec_kernels import TreeMask, kv_keep, tree_attention
+from specdec_kernels import TreeMask, tree_attention
 
 
 @dataclass
@@ -145,27 +145,3 @@ def test_a_mask_is_made_once_a_step_and_window() -> None:
     mask = make_problem(0, B=1, G=1, group=1, C=5, T=5).mask
     assert mask.bias(20, 4, torch.float32) is mask.bias(20, 4, torch.float32)
     assert mask.bias(20, 4, torch.float32) is not mask.bias(20, None, torch.float32)
-
-
-@pytest.mark.parametrize(
-    "rows_K",
-    [[0], [0, 1, 2], [0, 3], [0, 1, 4, 5], [2, 5, 6], [0, 2, 3, 4, 5, 6], []],
-)
-def test_kv_keep_moves_the_survivors_and_nothing_else(rows_K: list[int]) -> None:
-    cache_XBGLD = torch.randn(4, 3, 2, 20, 8)
-    slot, prefix, tree = 1, 9, 7
-    cache_XBGLD[:, :, :, prefix + tree :] = torch.nan
-    dropped = [prefix + row for row in range(tree) if row not in rows_K]
-    cache_XBGLD[:, slot, :, dropped] = torch.nan
-    before = cache_XBGLD.clone()
-    kv_keep(cache_XBGLD, slot, prefix, rows_K)
-    end = prefix + len(rows_K)
-    kept = (
-        torch.stack([before[:, slot, :, prefix + row] for row in rows_K], 2)
-        if rows_K
-        else before[:, slot, :, :0]
-    )
-    assert torch.equal(cache_XBGLD[:, slot, :, :prefix], before[:, slot, :, :prefix])
-    assert torch.equal(cache_XBGLD[:, slot, :, prefix:end], kept)
-    others = [0, 2]
-    assert torch.equal(cache_XBGLD[:, others].nan_to_num(9e9), before[:, others].nan_to_num(9e9))

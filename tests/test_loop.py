@@ -118,7 +118,7 @@ def with_depths(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPa
 def with_keep(change: Callable[[list[int]], list[int]]) -> Callable[[pytest.MonkeyPatch], None]:
     keep = SlotCache.keep
     return lambda monkeypatch: monkeypatch.setattr(
-        SlotCache, "keep", lambda cache, slot, rows: keep(cache, slot, change(rows))
+        SlotCache, "keep", lambda cache, slots, rows: keep(cache, slots, [change(kept) for kept in rows])
     )
 
 
@@ -167,7 +167,7 @@ def keeps_the_first_rows(
 ) -> None:
     """The rows of rejected nodes stay in the place of the accepted path's."""
     for seq, verdict in zip(seqs, verdicts, strict=True):
-        proposer.draft.keep(seq.slot, list(range(min(seq.draft.scored, len(verdict.path_A) + 1))))
+        proposer.draft.keep([seq.slot], [list(range(min(seq.draft.scored, len(verdict.path_A) + 1)))])
 
 
 def observes_nothing(*_: object) -> None:

@@ -190,12 +190,14 @@ def depth_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def commits_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
     keep = SlotCache.keep
-    monkeypatch.setattr(SlotCache, "keep", lambda c, slot, rows: keep(c, slot, [0, *reversed(rows[1:])]))
+    monkeypatch.setattr(
+        SlotCache, "keep", lambda c, s, rows: keep(c, s, [[0, *reversed(r[1:])] for r in rows])
+    )
 
 
 def commits_without_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     keep = SlotCache.keep
-    monkeypatch.setattr(SlotCache, "keep", lambda c, slot, rows: keep(c, slot, rows[1:]))
+    monkeypatch.setattr(SlotCache, "keep", lambda c, s, rows: keep(c, s, [r[1:] for r in rows]))
 
 
 def counts_the_window_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,10 +124,12 @@ class DraftLM(Grown):
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
+        rows = []
         for seq, verdict in zip(seqs, verdicts, strict=True):
             lag, scored = seq.draft.lag, seq.draft.scored
-            rows = [*range(lag + 1), *(lag + n for n in verdict.path_A)]
-            self.draft.keep(seq.slot, [r for r in rows if r < scored])
+            kept = [*range(lag + 1), *(lag + n for n in verdict.path_A)]
+            rows.append([r for r in kept if r < scored])
+        self.draft.keep([seq.slot for seq in seqs], rows)
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:

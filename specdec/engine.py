@@ -1,0 +1,87 @@
+"""How a target runs on its device: which attention kernel, and forwards captured in CUDA graphs."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig
+
+KERNELS = {"auto": "auto", "triton": "triton", "sdpa": "naive"}  # name: implementation in specdec_kernels
+SYNCHRONISING_ROPE = {"dynamic", "longrope"}  # they ask the device how long the text is
+WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Names as in conf/config.yaml.
+
+    kernel  auto takes Triton on CUDA and SDPA elsewhere; triton on a CPU needs TRITON_INTERPRET=1
+    graphs  whether the step's forward is captured in a CUDA graph; None does so wherever it can be
+    """
+
+    kernel: str = "auto"
+    graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ValueError(
+                f"engine.kernel is {self.kernel!r}, expected one of {', '.join(KERNELS)}: engine.kernel=auto"
+            )
+        if self.graphs not in (None, True, False):
+            expected = "expected true, false, or null to choose"
+            raise ValueError(f"engine.graphs is {self.graphs!r}, {expected}: engine.graphs=null")
+
+    @property
+    def implementation(self) -> str:
+        """What the operations of specdec_kernels call the kernel."""
+        return KERNELS[self.kernel]
+
+    def captures(self, device: torch.device, config: PreTrainedConfig) -> bool:
+        """Whether forwards are captured. ValueError where they are asked to be and can't."""
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        reasons = {
+            f"the target is on {device.type}, graphs are CUDA's": device.type != "cuda",
+            f"its {rope} positions wait for the device at every step": rope in SYNCHRONISING_ROPE,
+        }
+        obstacle = next((reason for reason, holds in reasons.items() if holds), None)
+        if self.graphs and obstacle:
+            raise ValueError(f"engine.graphs=true, but {obstacle}: engine.graphs=null")
+        return self.graphs is not False and obstacle is None
+
+
+class Graphs:
+    """Functions of tensors, captured in one CUDA graph a key and replayed from then on."""
+
+    def __init__(self) -> None:
+        self._captured: dict[Hashable, _Captured] = {}
+
+    def run(self, key: Hashable, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+        """function(*inputs), whose shapes and addresses of everything else must be the same for a key."""
+        if key not in self._captured:
+            self._captured[key] = _Captured(function, inputs)
+        return self._captured[key](inputs)
+
+
+class _Captured:
+    """One graph, its inputs at fixed addresses, and what it leaves behind."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Any:
+        for here, there in zip(self.inputs, inputs, strict=True):
+            here.copy_(there)
+        self.graph.replay()
+        return tree_map_only(Tensor, Tensor.clone, self.outputs)  # the next replay overwrites its own
