@@ -1,7 +1,8 @@
 """Acceptance rules: (tree, p, stream) -> Verdict, where p[n] is the target's next-token law at node n.
 
 Every rule has two forms, equal coin for coin: a call on one sequence, the one to read, and `batch` on padded
-tensors, which runs on the device without a synchronisation. A rule that you add needs only the first.
+tensors, which runs on the device without a synchronisation (`specdec_kernels.tree_accept`).
+A rule that you add needs only the first.
 Shapes: B batch, N nodes, V vocabulary, A accepted, X any leading shape.
 """
 
@@ -12,6 +13,10 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from specdec_kernels.philox import coins
+from specdec_kernels.tree_accept import block, recursive, walk
+from specdec_kernels.tree_accept.naive import all_the_way, one_hot, path_to, paths, residual, strike
 
 from .rng import Purpose, Stream, StreamBatch
 from .tree import TokenTree, TreeBatch, Verdict, VerdictBatch
@@ -31,6 +36,7 @@ class Rule(ABC):
     deterministic_only  drafted tokens must not be random
     chain_only          at most one child a node
     greedy_only         temperature must be 0
+    synthetic           it does not look at what the target says: only what steps cost is real
     """
 
     lossless: ClassVar[bool] = True
@@ -38,6 +44,7 @@ class Rule(ABC):
     deterministic_only: ClassVar[bool] = False
     chain_only: ClassVar[bool] = False
     greedy_only: ClassVar[bool] = False
+    synthetic: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -61,7 +68,7 @@ class Greedy(Rule):
         return _follow(tree, lambda node, depth: int(p[node].argmax()))
 
     def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        return _follow_batch(trees, p_BNV.argmax(dim=-1))
+        return _walk(trees, p_BNV.argmax(dim=-1))
 
 
 class Match(Rule):
@@ -74,7 +81,7 @@ class Match(Rule):
         return _follow(tree, lambda node, depth: stream.draw_at(p[node], depth))
 
     def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        return _follow_batch(trees, streams.draw_at(p_BNV, trees.depth_BN))
+        return _walk(trees, streams.draw_at(p_BNV, trees.depth_BN))
 
 
 class Recursive(Rule):
@@ -106,21 +113,9 @@ class Recursive(Rule):
         return None, p_V
 
     def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        B, N, _ = p_BNV.shape
-        q_BNV, u_BN = _recorded_laws(trees, p_BNV), streams.coins(N)
-        p_BV, q_BV, at_B1 = p_BNV[:, 0], q_BNV[:, 0], trees.n_B.new_zeros(B, 1)
-        accepted_BN = torch.zeros_like(trees.drawn_BN)
-        for n in range(1, N):  # index order tries the children of a node in the order of the draft
-            x_B1 = trees.tokens_BN[:, n : n + 1]
-            law_BV = torch.where(trees.drawn_BN.gather(1, at_B1), q_BV, _one_hot(x_B1, q_BV))
-            tried_B1 = trees.parents_BN[:, n : n + 1] == at_B1
-            kept_B1 = tried_B1 & (u_BN[:, n : n + 1] * law_BV.gather(1, x_B1) < p_BV.gather(1, x_B1))
-            left_BV, struck_BV = residual(p_BV, law_BV), strike(q_BV, x_B1)
-            p_BV = torch.where(kept_B1, p_BNV[:, n], torch.where(tried_B1, left_BV, p_BV))
-            q_BV = torch.where(kept_B1, q_BNV[:, n], torch.where(tried_B1, struck_BV, q_BV))
-            at_B1 = torch.where(kept_B1, n, at_B1)
-            accepted_BN[:, n] = kept_B1.squeeze(1)
-        return _verdicts(accepted_BN, streams.draw(p_BV, at_B1.squeeze(1), Purpose.RESIDUAL))
+        nodes = (trees.tokens_BN, trees.parents_BN, trees.drawn_BN)
+        keys = (streams.rng.seed, streams.request_B, streams.step_B)
+        return VerdictBatch(*recursive(*nodes, p_BNV, trees.q_BNV, *keys))
 
 
 class Rejection(Recursive):
@@ -154,23 +149,9 @@ class Block(Rule):
         return Verdict(list(range(1, end + 1)), stream.draw(left_V, end, Purpose.RESIDUAL))
 
     def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        N = p_BNV.shape[1]
-        q_BNV, u_BN = _chain_laws(trees, p_BNV), streams.coins(N)
-        weight_B1 = torch.ones_like(u_BN[:, :1])
-        end_B1, left_BV = torch.zeros_like(trees.n_B).unsqueeze(1), residual(p_BNV[:, 0], q_BNV[:, 0])
-        for n in range(1, N):
-            x_B1, p_BV, q_BV = trees.tokens_BN[:, n : n + 1], p_BNV[:, n], q_BNV[:, n]
-            ratio_B1 = p_BNV[:, n - 1].gather(1, x_B1).double() / q_BNV[:, n - 1].gather(1, x_B1)
-            weight_B1 = (weight_B1 * ratio_B1).clamp(max=1.0)
-            weighted_BV = weight_B1.to(p_BV.dtype) * p_BV
-            gain_B1 = (weighted_BV - q_BV).clamp(min=0).sum(-1, keepdim=True).double()
-            success_B1 = u_BN[:, n : n + 1] * (gain_B1 + (1.0 - weight_B1)) < gain_B1
-            success_B1 = success_B1 & (n < trees.n_B.unsqueeze(1))
-            end_B1 = torch.where(success_B1, n, end_B1)
-            left_BV = torch.where(success_B1, residual(weighted_BV, q_BV), left_BV)
-        node_1N = torch.arange(N, device=end_B1.device).unsqueeze(0)
-        bonus_B = streams.draw(left_BV, end_B1.squeeze(1), Purpose.RESIDUAL)
-        return _verdicts((node_1N > 0) & (node_1N <= end_B1), bonus_B)
+        nodes = (trees.tokens_BN, trees.n_B, trees.drawn_BN)
+        keys = (streams.rng.seed, streams.request_B, streams.step_B)
+        return VerdictBatch(*block(*nodes, p_BNV, trees.q_BNV, *keys))
 
 
 @dataclass(frozen=True)
@@ -201,20 +182,64 @@ class Typical(Rule):
         parent_BN = trees.parents_BN.clamp(min=0)
         at_parent_BNV = p_BNV.gather(1, parent_BN.unsqueeze(-1).expand_as(p_BNV))
         p_x_BN = at_parent_BNV.gather(2, trees.tokens_BN.unsqueeze(-1)).squeeze(-1)
-        stands_BN = _all_the_way(trees, p_x_BN > self.threshold(p_BNV).gather(1, parent_BN))
+        good_BN = p_x_BN > self.threshold(p_BNV).gather(1, parent_BN)
+        stands_BN = all_the_way(trees.parents_BN, trees.ancestors_BNN, good_BN)
         depth_BN = torch.where(stands_BN, trees.depth_BN, 0)
         below_root_BNN = trees.ancestors_BNN & (trees.parents_BN >= 0).unsqueeze(1)
         logp_BN = torch.where(below_root_BNN, p_x_BN.log().unsqueeze(1), 0.0).sum(-1)
         longest_BN = depth_BN == depth_BN.max(dim=1, keepdim=True).values
         end_B1 = torch.where(longest_BN, logp_BN, -torch.inf).argmax(dim=1, keepdim=True)
-        path_BN = below_root_BNN.gather(1, end_B1.unsqueeze(-1).expand_as(below_root_BNN[:, :1])).squeeze(1)
         y_BN = streams.draw_at(p_BNV, trees.depth_BN)
-        return _verdicts(path_BN, y_BN.gather(1, end_B1).squeeze(1))
+        path = path_to(end_B1, trees.parents_BN, trees.ancestors_BNN)
+        return VerdictBatch(*path, y_BN.gather(1, end_B1).squeeze(1))
 
     def threshold(self, p_XV: Tensor) -> Tensor:
         """What p(x) must exceed, for each law [X]."""
         entropy_X = torch.special.entr(p_XV).sum(-1)
         return (self.delta * torch.exp(-entropy_X)).clamp(max=self.epsilon)
+
+
+@dataclass(frozen=True)
+class Synthetic(Rule):
+    """SYNTHETIC: accepts by a stated schedule, whatever the target says; for what steps cost without weights.
+
+    rates  chance that the first child at depth 1, 2, ... is accepted; deeper ones have the last
+    """
+
+    rates: tuple[float, ...] = (0.8, 0.7, 0.6)
+
+    lossless = False
+    synthetic = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", tuple(self.rates))
+        if not self.rates or not all(0 <= rate <= 1 for rate in self.rates):
+            raise ValueError(
+                f"accept.rates is {list(self.rates)}, expected numbers in [0, 1]: accept.rates=[0.8,0.6]"
+            )
+
+    def __call__(self, tree: TokenTree, p: LawTable, stream: Stream) -> Verdict:
+        node, path = 0, []
+        while children := tree.children(node):
+            rate = self.rates[min(len(path), len(self.rates) - 1)]
+            if not stream.coin(rate, 1.0, children[0]):
+                break
+            node = children[0]
+            path.append(node)
+        return Verdict(path, int(p[node].argmax()))
+
+    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
+        N = p_BNV.shape[1]
+        node_N = torch.arange(N, device=p_BNV.device)
+        rate_R = torch.tensor(self.rates, dtype=torch.float64).to(p_BNV.device, non_blocking=True)
+        rate_BN = rate_R[(trees.depth_BN - 1).clamp(0, len(self.rates) - 1)]
+        siblings_BNN = trees.parents_BN.unsqueeze(1) == trees.parents_BN.unsqueeze(2)
+        first_BN = ~(siblings_BNN & (node_N < node_N.unsqueeze(1))).any(-1)
+        keys = (streams.rng.seed, streams.request_B[:, None], streams.step_B[:, None], node_N)
+        good_BN = first_BN & (coins(*keys, Purpose.ACCEPT) < rate_BN)
+        path_BA, count_B = paths(all_the_way(trees.parents_BN, trees.ancestors_BNN, good_BN))
+        end_B1 = path_BA.amax(1, keepdim=True).clamp(min=0)
+        return VerdictBatch(path_BA, count_B, p_BNV.argmax(-1).gather(1, end_B1).squeeze(1))
 
 
 def drafted(tree: TokenTree, node: int, like_V: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -225,26 +250,8 @@ def drafted(tree: TokenTree, node: int, like_V: Tensor) -> Iterator[tuple[int, T
     q_V = tree.q(node)
     for child in tree.children(node):
         x_1 = torch.tensor([tree.tokens_N[child]], device=like_V.device)
-        yield child, _one_hot(x_1, like_V) if q_V is None else q_V
+        yield child, one_hot(x_1, like_V) if q_V is None else q_V
         q_V = None if q_V is None else strike(q_V, x_1)
-
-
-def residual(p_XV: Tensor, q_XV: Tensor) -> Tensor:
-    """norm((p - q)+): what is left of p once its overlap with q is spent; p itself where nothing is left."""
-    left_XV = (p_XV - q_XV).clamp(min=0)
-    total_X1 = left_XV.sum(-1, keepdim=True)
-    return torch.where(total_X1 > 0, left_XV / total_X1, p_XV)
-
-
-def strike(q_XV: Tensor, x_X1: Tensor) -> Tensor:
-    """q without token x, renormalised; all zero once its support is used up."""
-    left_XV = q_XV.scatter(-1, x_X1, 0.0)
-    total_X1 = left_XV.sum(-1, keepdim=True)
-    return torch.where(total_X1 > 0, left_XV / total_X1, left_XV)
-
-
-def _one_hot(x_X1: Tensor, like_XV: Tensor) -> Tensor:
-    return torch.zeros_like(like_XV).scatter(-1, x_X1, 1.0)
 
 
 def _law_below(tree: TokenTree, node: int, like_V: Tensor) -> Tensor:
@@ -264,37 +271,5 @@ def _follow(tree: TokenTree, choose: Callable[[int, int], int]) -> Verdict:
         path.append(child)
 
 
-def _follow_batch(trees: TreeBatch, choice_BN: Tensor) -> VerdictBatch:
-    chosen_BN = trees.tokens_BN == choice_BN.gather(1, trees.parents_BN.clamp(min=0))
-    accepted_BN = _all_the_way(trees, chosen_BN)
-    end_B1 = torch.where(accepted_BN, trees.depth_BN, 0).argmax(dim=1, keepdim=True)
-    return _verdicts(accepted_BN, choice_BN.gather(1, end_B1).squeeze(1))
-
-
-def _all_the_way(trees: TreeBatch, good_BN: Tensor) -> Tensor:
-    """bool [B, N]: nodes below the root that are good, and whose ancestors below the root all are."""
-    below_root_BN = trees.parents_BN >= 0
-    bad_BN = below_root_BN & ~good_BN
-    return below_root_BN & ~(trees.ancestors_BNN & bad_BN.unsqueeze(1)).any(dim=-1)
-
-
-def _verdicts(accepted_BN: Tensor, bonus_B: Tensor) -> VerdictBatch:
-    """Verdicts from the accepted nodes, which form one path: index order is order of depth."""
-    N = accepted_BN.shape[1]
-    node_1N = torch.arange(N, device=accepted_BN.device).unsqueeze(0)
-    path_BN = torch.where(accepted_BN, node_1N, N).sort(dim=1).values
-    return VerdictBatch(torch.where(path_BN < N, path_BN, -1), accepted_BN.sum(dim=1), bonus_B)
-
-
-def _recorded_laws(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
-    return torch.zeros_like(p_BNV) if trees.q_BNV is None else trees.q_BNV.to(p_BNV.dtype)
-
-
-def _chain_laws(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
-    """[B, N, V]: `_law_below` every node of every chain."""
-    child_BN1 = trees.tokens_BN.roll(-1, dims=1).unsqueeze(-1)
-    law_BNV = torch.where(
-        trees.drawn_BN.unsqueeze(-1), _recorded_laws(trees, p_BNV), _one_hot(child_BN1, p_BNV)
-    )
-    node_1N = torch.arange(p_BNV.shape[1], device=p_BNV.device).unsqueeze(0)
-    return law_BNV * (node_1N < trees.n_B.unsqueeze(1) - 1).unsqueeze(-1)
+def _walk(trees: TreeBatch, choice_BN: Tensor) -> VerdictBatch:
+    return VerdictBatch(*walk(trees.tokens_BN, trees.parents_BN, trees.anc_BNW, trees.n_B, choice_BN))

@@ -59,14 +59,14 @@ def smollm2(dtype: str = "auto", device: str = "auto", cache_dir: str | None = N
     ~/.cache/specdec; it is verified at every load, and rebuilt with a warning if damaged.
     ValueError: unknown dtype or device, unusable cache_dir, damaged package. ModuleNotFoundError: no package.
     """
-    chosen = _device(device)
-    torch_dtype = _dtype(dtype, chosen)
+    chosen = choose_device(device)
+    torch_dtype = choose_dtype(dtype, chosen)
     hf.utils.logging.disable_progress_bar()
     folder = _cache_folder(cache_dir)
     if not _is_sound(folder):
         _build_cache(folder)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    return _loaded(_load_model(str(folder), torch_dtype, chosen), tokenizer, "SmolLM2-135M-Instruct")
+    return finished(_load_model(str(folder), torch_dtype, chosen), tokenizer, "SmolLM2-135M-Instruct")
 
 
 def pretrained(
@@ -83,8 +83,8 @@ def pretrained(
     """
     if not path:
         raise ValueError("target=hf needs target.path=ID_OR_FOLDER")
-    chosen = _device(device)
-    torch_dtype = _dtype(dtype, chosen)
+    chosen = choose_device(device)
+    torch_dtype = choose_dtype(dtype, chosen)
     local = Path(str(path)).expanduser()
     where, name = (str(local), local.resolve().name) if local.is_dir() else (str(path), str(path))
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -97,7 +97,7 @@ def pretrained(
             f"target.path={path}: expected a causal LM: a folder, or a hub id (reachable or downloaded); "
             f"set target.path=ID_OR_FOLDER ({str(error).partition(chr(10))[0]})"
         ) from error
-    return _loaded(model, tokenizer, name)
+    return finished(model, tokenizer, name)
 
 
 def random_model(
@@ -112,14 +112,14 @@ def random_model(
     Of dtype, device and seed the weights depend on the seed alone: drawn on the CPU in float32, then cast and
     moved. The global generators stay as they were. ValueError: unknown architecture or config key.
     """
-    chosen = _device(device)
-    torch_dtype = _dtype(dtype, chosen)
+    chosen = choose_device(device)
+    torch_dtype = choose_dtype(dtype, chosen)
     settings = _random_config(architecture, config or {})
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that seeds the CUDA generators too, which are not forked here.
         torch.default_generator.manual_seed(seed)
         model = hf.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    return _loaded(model.to(chosen, torch_dtype), None, f"random-{architecture}", label="random-")
+    return finished(model.to(chosen, torch_dtype), None, f"random-{architecture}", label="random-")
 
 
 @torch.no_grad()
@@ -144,9 +144,10 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.reshape(-1)[index].float()
 
 
-def _loaded(
+def finished(
     model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase | None, name: str, label: str = ""
 ) -> Loaded:
+    """The model, ready to decode; `label` goes before its fingerprint."""
     model.eval().requires_grad_(False)
     return Loaded(model, tokenizer, name, label + fingerprint(model), _stop_ids(model, tokenizer))
 
@@ -158,7 +159,8 @@ def _stop_ids(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase |
     return tuple(sorted(set().union(*lists)))
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """The device of that name; auto is CUDA where there is one. ValueError: no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|(cuda)(?::(\d+))?", str(device))
@@ -169,7 +171,8 @@ def _device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; auto is bfloat16 where the device multiplies it. ValueError: unknown."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" or native_bf16() else torch.float32
     if dtype not in DTYPES:

@@ -36,7 +36,7 @@ def compare(
 ) -> dict:
     """The `lossless` entry of a summary.
 
-    rule         whether the rule is lossless
+    rule         whether the rule is lossless, or "synthetic"
     identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own
                  at a temperature, a lossy rule, no plain decoding)
     divergences  request, index of the first other token, gap between the target's two best logits there
@@ -44,7 +44,8 @@ def compare(
     """
     same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
     if not same_text or not plain:
-        return {"rule": e.accept.lossless, "identical": None, "divergences": [], "audit": None}
+        rule = "synthetic" if e.accept.synthetic else e.accept.lossless
+        return {"rule": rule, "identical": None, "divergences": [], "audit": None}
     said = {r.request: r.tokens for r in plain if r.repeat == 0}
     answers = {r.request: r.tokens for r in method if r.repeat == 0}
     differ = {q: first_difference(tokens, said[q]) for q, tokens in answers.items() if tokens != said[q]}

@@ -7,21 +7,12 @@ Shapes: V vocabulary, S support, B batch, N nodes, X any leading shape.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MASK = 0xFFFFFFFF
-Word = int | Tensor  # 32 bits, held in a Python int or in int64
-
-
-class Purpose(IntEnum):
-    DRAFT = 0  # which tokens the proposer drafts
-    ACCEPT = 1  # coins of the acceptance rule
-    RESIDUAL = 2  # the bonus token
-    TARGET = 3  # a draw from the target, keyed by position
+from specdec_kernels.philox import Purpose, counter, open_unit, philox, race, row, rows
 
 
 class Key(NamedTuple):
@@ -31,24 +22,6 @@ class Key(NamedTuple):
     step: int
     node: int
     purpose: Purpose
-
-
-def philox(seed: int, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
-    """Philox-4x32-10 (Salmon et al. 2011): four random words for each counter (c0, c1, c2, c3), broadcast."""
-    k0, k1 = seed & MASK, (seed >> 32) & MASK
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return c0, c1, c2, c3
-
-
-def race(weights_XS: Tensor, u_XS: Tensor) -> Tensor:
-    """Index [X] drawn in proportion to the weights: the first of exponential clocks, lowest on ties.
-
-    -log1p(-u) rather than -log(u): the winner is the shortest clock, and floats are finest near u = 0.
-    """
-    return (weights_XS / -torch.log1p(-u_XS)).argmax(dim=-1)
 
 
 class Rng(ABC):
@@ -82,39 +55,14 @@ class Philox(Rng):
     seed: int = 0
 
     def uniform(self, key: Key) -> float:
-        return (philox(self.seed, 0, *_counter(*key))[0] >> 8) * 2.0**-24
+        return (philox(self.seed, 0, *counter(*key))[0] >> 8) * 2.0**-24
 
     def uniforms(self, key: Key, support_S: Tensor) -> Tensor:
         vocab = int(support_S[-1]) + 1
         if vocab < 4 * len(support_S):  # a block serves four tokens: here the whole row costs less
-            return self._row(vocab, *_counter(*key), support_S.device)[support_S]
-        words_4S = torch.stack(philox(self.seed, support_S >> 2, *_counter(*key)))
-        return _open_unit(words_4S.gather(0, (support_S & 3).unsqueeze(0)).squeeze(0))
-
-    def table(self, request_X: Tensor, step_X: Tensor, node_X: Tensor, purpose: Purpose) -> Tensor:
-        """float64 [X]: `uniform` of many keys at once; float64 makes u * q < p exact for float32 laws."""
-        word_X = philox(self.seed, 0, *_counter(request_X, step_X, node_X, purpose))[0]
-        return (word_X >> 8).double() * 2.0**-24
-
-    def rows(self, request_X: Tensor, step_X: Tensor, node_X: Tensor, purpose: Purpose, vocab: int) -> Tensor:
-        """float32 [X, V]: `uniforms` of many keys at once, over the whole vocabulary."""
-        counter = (c.unsqueeze(-1) for c in _counter(request_X, step_X, node_X, purpose))
-        return self._row(vocab, *counter, request_X.device)
-
-    def _row(self, vocab: int, c1: Word, c2: Word, c3: Word, device: torch.device) -> Tensor:
-        """float32 [X, V]: word v & 3 of block v >> 2 belongs to token v."""
-        block_V = torch.arange(-(-vocab // 4), device=device)
-        words = torch.stack(philox(self.seed, block_V, c1, c2, c3), dim=-1)
-        return _open_unit(words.flatten(-2)[..., :vocab])
-
-
-def _counter(request: Word, step: Word, node: Word, purpose: Purpose) -> tuple[Word, Word, Word]:
-    return request & MASK, step & MASK, (int(purpose) << 24) | node
-
-
-def _open_unit(bits: Tensor) -> Tensor:
-    """32 random bits to float32 in (0, 1), never rounded up to 1, where a clock would never ring."""
-    return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+            return row(self.seed, vocab, *counter(*key), support_S.device)[support_S]
+        words_4S = torch.stack(philox(self.seed, support_S >> 2, *counter(*key)))
+        return open_unit(words_4S.gather(0, (support_S & 3).unsqueeze(0)).squeeze(0))
 
 
 @dataclass(frozen=True)
@@ -169,19 +117,10 @@ class StreamBatch:
         fields = [[getattr(s, name) for s in streams] for name in ("request", "step", "position")]
         return cls(streams[0].rng, *(torch.tensor(values, device=device) for values in fields))
 
-    def coins(self, nodes: int) -> Tensor:
-        """float64 [B, N]: the uniform behind the acceptance coin of every node."""
-        node_1N = torch.arange(nodes, device=self.request_B.device).unsqueeze(0)
-        return self.rng.table(self.request_B[:, None], self.step_B[:, None], node_1N, Purpose.ACCEPT)
-
-    def draw(self, weights_BV: Tensor, node_B: Tensor, purpose: Purpose) -> Tensor:
-        """int64 [B]: one draw a sequence, keyed by its node."""
-        u_BV = self.rng.rows(self.request_B, self.step_B, node_B, purpose, weights_BV.shape[-1])
-        return race(weights_BV, u_BV.to(weights_BV.dtype))
-
     def draw_at(self, weights_BNV: Tensor, depth_BN: Tensor) -> Tensor:
         """int64 [B, N]: the target's draw at every node, keyed by position."""
         position_BN = self.position_B[:, None] + depth_BN
         request_BN, node_BN = self.request_B[:, None], torch.zeros_like(depth_BN)
-        u_BNV = self.rng.rows(request_BN, position_BN, node_BN, Purpose.TARGET, weights_BNV.shape[-1])
+        vocab = weights_BNV.shape[-1]
+        u_BNV = rows(self.rng.seed, request_BN, position_BN, node_BN, Purpose.TARGET, vocab)
         return race(weights_BNV, u_BNV.to(weights_BNV.dtype))

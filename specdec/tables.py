@@ -113,6 +113,8 @@ def lossless_line(summary: dict) -> str:
     )
     if found is None:
         return "lossless: n/a, the answers were not compared with plain decoding"
+    if found.get("rule") == "synthetic":
+        return f"SYNTHETIC: {rule} accepts by a schedule: what a step costs is real, what it emits is not"
     if is_lossy(summary):
         return f"LOSSY: {rule} does not keep the target's law: never compare it with lossless rules"
     if found.get("divergences"):
@@ -126,7 +128,7 @@ def lossless_word(summary: dict) -> str:
     """The lossless line in a table cell: LOSSY, n/a, by rule, yes, or how many answers differ."""
     found = summary.get("lossless")
     if is_lossy(summary):
-        return "LOSSY"
+        return _label(found)
     if found is None:
         return "n/a"
     if found.get("divergences"):
@@ -149,7 +151,11 @@ def main_baseline(rows: list[dict]) -> str:
 def method(summary: dict) -> Text:
     """The proposer; a lossy rule says so."""
     label = Text(_text(summary.get("proposer")))
-    return label.append("\nLOSSY", style="red") if is_lossy(summary) else label
+    return label.append(f"\n{_label(summary['lossless'])}", style="red") if is_lossy(summary) else label
+
+
+def _label(found: dict) -> str:
+    return "SYNTHETIC" if found.get("rule") == "synthetic" else "LOSSY"
 
 
 def sparkline(depths: list[dict] | None) -> str:

@@ -10,10 +10,22 @@ import torch
 from pit import randomised_pit, uniformity
 from torch import Tensor
 
-from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Typical, residual, strike
+from specdec.accept import (
+    Block,
+    Greedy,
+    Match,
+    Recursive,
+    Rejection,
+    Rule,
+    Synthetic,
+    Typical,
+    residual,
+    strike,
+)
 from specdec.rng import Key, Philox, Purpose, Replay, Stream, StreamBatch
 from specdec.sampling import Laws, Sampling
 from specdec.tree import TokenTree, TreeBatch, Verdict, VerdictBatch
+from specdec_kernels.philox import coins, race, rows
 
 RULES: list[Rule] = [
     Greedy(),
@@ -23,6 +35,8 @@ RULES: list[Rule] = [
     Block(),
     Typical(),
     Typical(epsilon=0.02, delta=0.5),
+    Synthetic(),
+    Synthetic((0.5, 0.9)),
 ]
 PHILOX = Philox(seed=7)
 VOCAB = 11
@@ -131,14 +145,14 @@ def written_down(stream: Stream, nodes: int) -> Replay:
     """Every coin and draw that a tree of so many nodes can ask for."""
     node_N = torch.arange(nodes)
     fields = (torch.full_like(node_N, stream.request), torch.full_like(node_N, stream.step), node_N)
-    coins = PHILOX.table(*fields, Purpose.ACCEPT).tolist()
-    residual_NV = PHILOX.rows(*fields, Purpose.RESIDUAL, VOCAB)
+    u_N = coins(PHILOX.seed, *fields, Purpose.ACCEPT)
+    residual_NV = rows(PHILOX.seed, *fields, Purpose.RESIDUAL, VOCAB)
     at_N = stream.position + node_N
-    target_NV = PHILOX.rows(fields[0], at_N, torch.zeros_like(node_N), Purpose.TARGET, VOCAB)
+    target_NV = rows(PHILOX.seed, fields[0], at_N, torch.zeros_like(node_N), Purpose.TARGET, VOCAB)
     draws = {Key(stream.request, stream.step, n, Purpose.RESIDUAL): residual_NV[n] for n in range(nodes)}
     draws |= {Key(stream.request, int(at_N[n]), 0, Purpose.TARGET): target_NV[n] for n in range(nodes)}
     return Replay(
-        {Key(stream.request, stream.step, n, Purpose.ACCEPT): u for n, u in enumerate(coins)}, draws
+        {Key(stream.request, stream.step, n, Purpose.ACCEPT): u for n, u in enumerate(u_N.tolist())}, draws
     )
 
 
@@ -202,7 +216,10 @@ def emit(exponent: float, steps: int = 2000) -> tuple[list[int], list[Tensor]]:
     streams = StreamBatch.pack([Stream(PHILOX, 0, step, 0) for step in range(steps)])
     children = [torch.full((steps,), n) for n in (1, 2)]
     drafts = [
-        streams.draw(logq_BNV[:, n - 1].exp(), child_B, Purpose.DRAFT)
+        race(
+            logq_BNV[:, n - 1].exp(),
+            rows(PHILOX.seed, streams.request_B, streams.step_B, child_B, Purpose.DRAFT, 500),
+        )
         for n, child_B in enumerate(children, 1)
     ]
     chains = TreeBatch.pack(
@@ -226,3 +243,20 @@ def test_the_pit_is_uniform_when_the_tokens_follow_their_laws() -> None:
 
 def test_the_pit_sees_a_q_that_is_off_by_a_tenth_in_its_exponent() -> None:
     assert uniformity(randomised_pit(*emit(exponent=1.1))) < 1e-4
+
+
+def test_the_synthetic_schedule_is_followed() -> None:
+    """On a chain of three the accepted lengths have the law of the rates, and nothing else is looked at."""
+    rates, tree, p_NV = (0.75, 0.5, 0.25), TokenTree.chain([1, 2, 3, 0]), torch.full((4, 5), 0.2)
+    rule = Synthetic(rates)
+    lengths = [len(rule(tree, p_NV, Stream(Philox(0), request, 0, 7)).path_A) for request in range(4000)]
+    shares = [lengths.count(n) / len(lengths) for n in range(4)]
+    assert shares == pytest.approx([0.25, 0.375, 0.28125, 0.09375], abs=0.03)
+    assert not rule.lossless
+    assert rule.synthetic
+
+
+@pytest.mark.parametrize("rates", [(), (1.5,), (-0.1, 0.5)])
+def test_wrong_rates_are_refused(rates: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"accept.rates is \[.*expected numbers in \[0, 1\]"):
+        Synthetic(rates)

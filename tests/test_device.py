@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import GREEDY, PROMPTS, SAMPLED, requests, run, tiny_model
 
-from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Typical
+from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
 from specdec.cache import DeviceCache
 from specdec.engine import Engine, Graphs
 from specdec.loading import random_model
@@ -24,6 +24,7 @@ CASES = {
     "recursive": (Recursive(), SAMPLED, Sampled(depth=3, widths=(3, 2, 1))),
     "rejection": (Rejection(), SAMPLED, Sampled(depth=3, widths=(1, 1, 1))),
     "block": (Block(), SAMPLED, Sampled(depth=3, widths=(1, 1, 1))),
+    "synthetic": (Synthetic(), GREEDY, TopK(depth=3, widths=(2, 2, 1))),
     "typical": (Typical(), SAMPLED, TopK(depth=3, widths=(2, 2, 1))),
 }
 

@@ -178,6 +178,13 @@ def test_a_lossy_rule_is_labelled_everywhere() -> None:
     assert tables.is_lossy(summary(lossless={"rule": "typical"}))
 
 
+def test_a_synthetic_schedule_is_labelled_everywhere() -> None:
+    made_up = summary(lossless=LOSSY | {"rule": "synthetic"}, accept="synthetic", job="accept=synthetic")
+    assert tables.lossless_line(made_up).startswith("SYNTHETIC: accept=synthetic")
+    assert "SYNTHETIC" in shown(tables.result_table(made_up))
+    assert row(shown(tables.combined_table([made_up])), "accept=synthetic")[-1] == "SYNTHETIC"
+
+
 def test_a_sweep_is_sorted_by_decode_speedup_with_lossy_rules_apart() -> None:
     def job(name: str, mean: float | None, **changes: object) -> dict:
         return summary(job=name, speedup={"none": {"decode": mean and interval(mean, 0.9, 3.0)}}, **changes)

@@ -1,4 +1,4 @@
-"""What every operation is called with and compiled for: tests, compile gate, roofline and benchmark read this.
+"""What each operation is called with and compiled for: tests, compile gate, roofline and benchmark read this.
 
 Each operation's folder holds `naive` (the specification), `triton`, and `cases`, which lists its calls.
 """

@@ -1,27 +1,52 @@
 """Which cached rows each node of a tree sees.
 
-Shapes: B batch, T rows asked for, C rows of the tree, L cache rows.
+Shapes: B batch, T rows asked for, C rows of the tree, W 32-bit words, L cache rows.
 """
 
-from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+WORD = 32
 
-@dataclass
+
 class TreeMask:
     """A tree that lies in the cache behind prefixes of different lengths.
 
-    prefix_B       int64: rows [0, prefix) are visible to every node
-    depth_BC       int64: depth of each tree row; row c lies at cache row prefix + c
-    ancestors_BTC  bool: the last T of the C rows ask, and see these rows of the tree
+    prefix_B       integers: rows [0, prefix) are visible to every node
+    depth_BC       integers: depth of each tree row; row c lies at cache row prefix + c
+    ancestors_BTC  bool: the last T of the C rows ask, and see these rows of the tree: none below themselves
+    words_BTW      the same as int32: bit j of word w is row 32 w + j; either is made from the other
     """
 
-    prefix_B: Tensor
-    depth_BC: Tensor
-    ancestors_BTC: Tensor
-    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        prefix_B: Tensor,
+        depth_BC: Tensor,
+        ancestors_BTC: Tensor | None = None,
+        words_BTW: Tensor | None = None,
+    ) -> None:
+        self.prefix_B, self.depth_BC = prefix_B, depth_BC
+        if ancestors_BTC is None and words_BTW is None:
+            raise ValueError("neither ancestors_BTC nor words_BTW is given, expected at least one of them")
+        if ancestors_BTC is not None:
+            self.ancestors_BTC = ancestors_BTC
+        if words_BTW is not None:
+            self.words_BTW = words_BTW
+        self._biases: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def ancestors_BTC(self) -> Tensor:
+        bits_BTWJ = self.words_BTW.unsqueeze(-1) >> torch.arange(WORD, device=self.words_BTW.device)
+        return (bits_BTWJ & 1).flatten(2)[..., : self.depth_BC.shape[1]].bool()
+
+    @cached_property
+    def words_BTW(self) -> Tensor:
+        padded_BTX = F.pad(self.ancestors_BTC, (0, -self.ancestors_BTC.shape[2] % WORD)).int()
+        shifts_J = torch.arange(WORD, dtype=torch.int32, device=padded_BTX.device)
+        return (padded_BTX.unflatten(2, (-1, WORD)) << shifts_J).sum(-1, dtype=torch.int32)
 
     def bias(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """`visible` as 0 and -inf [B, 1, T, L], for all heads; kept, as every layer asks for it."""

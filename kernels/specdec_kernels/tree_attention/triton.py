@@ -1,0 +1,157 @@
+"""Tree attention in Triton: chooses tiles and splits, and launches the kernels.
+
+Shapes: B batch, H query heads, G key-value heads, P of H a G, T tree rows, L cache rows, D width.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..listing import Compiled
+from .config import Tile, merge_rows, plan, tile, width
+from .kernels import merge_kernel, split_kernel
+from .mask import TreeMask
+
+LOG2E = 1.4426950408889634
+EDGE = 32  # columns at a time where a mask is needed: those of one word
+STRIDES = ("sq_b", "sq_h", "sq_t", "sk_b", "sk_g", "sk_l")
+
+
+def tree_attention(
+    q_BHTD: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    tree: TreeMask,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    k_scale_G: Tensor | None = None,
+    v_scale_G: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See the dispatcher. Rows behind the tree are never read, and may hold NaN."""
+    _refuse(q_BHTD, k_BGLD, v_BGLD)
+    if k_BGLD.dtype == torch.float8_e4m3fn:
+        k_BGLD, v_BGLD = k_BGLD.view(torch.int8), v_BGLD.view(torch.int8)
+    (B, H, T, D), (G, L), device = q_BHTD.shape, k_BGLD.shape[1:3], q_BHTD.device
+    prefix_B, depth_BC, words_BTW = tree.prefix_B, tree.depth_BC, tree.words_BTW
+    length = L if window is None else min(L, window + depth_BC.shape[1])
+    chosen, splits = plan(q_BHTD, k_BGLD, length)
+    # Token before head, as models want it next, so that their transpose needs no copy.
+    out_BTHD = torch.empty(B, T, H, D, dtype=q_BHTD.dtype, device=device)
+    lse_BTH = torch.empty(B, T, H, dtype=torch.float32, device=device) if return_lse else None
+    parts, logs = out_BTHD, lse_BTH
+    if splits > 1:
+        parts = torch.empty(B * T * H, splits, D, dtype=torch.float32, device=device)
+        logs = torch.empty(B * T * H, splits, dtype=torch.float32, device=device)
+    tensors = (
+        q_BHTD,
+        k_BGLD,
+        v_BGLD,
+        prefix_B,
+        depth_BC,
+        words_BTW,
+        k_scale_G,
+        v_scale_G,
+        sinks_H,
+        parts,
+        logs,
+    )
+    strides = (*q_BHTD.stride()[:3], *k_BGLD.stride()[:3], prefix_B.stride(0), depth_BC.stride(0))
+    split_kernel[(triton.cdiv(T * (H // G), chosen.rows), splits, B * G)](
+        *tensors,
+        *strides,
+        *words_BTW.stride()[:2],
+        G,
+        T,
+        depth_BC.shape[1],
+        splits,
+        window,
+        (scale if softcap is None else softcap) * LOG2E,
+        None if softcap is None else scale / softcap,
+        **_constants(chosen, H // G, D),
+        SINGLE=splits == 1,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    if splits > 1:
+        _merge(parts, logs, out_BTHD, lse_BTH, G)
+    out_BHTD = out_BTHD.transpose(1, 2)
+    return out_BHTD if lse_BTH is None else (out_BHTD, lse_BTH.transpose(1, 2))
+
+
+def _refuse(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> None:
+    for name, x in (("q_BHTD", q_BHTD), ("k_BGLD", k_BGLD)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} has stride {x.stride(-1)} along D, expected 1: make it contiguous")
+    apart = any(k_BGLD.stride(i) != v_BGLD.stride(i) for i in range(4) if k_BGLD.shape[i] > 1)
+    if apart or k_BGLD.dtype != v_BGLD.dtype:
+        raise ValueError(
+            f"k_BGLD is {k_BGLD.dtype} with strides {k_BGLD.stride()}, v_BGLD is {v_BGLD.dtype} with strides "
+            f"{v_BGLD.stride()}; expected the same: keep both in one cache"
+        )
+
+
+def _constants(chosen: Tile, P: int, D: int) -> dict[str, int]:
+    edge = min(chosen.columns, EDGE)
+    return dict(P=P, D=D, BLOCK_D=width(D), BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, EDGE=edge)
+
+
+def _merge(parts: Tensor, logs: Tensor, out_BTHD: Tensor, lse_BTH: Tensor | None, G: int) -> None:
+    (_, T, H, D), (rows, splits) = out_BTHD.shape, logs.shape
+    block_r, block_s = merge_rows(rows, splits, width(D), logs.device), triton.next_power_of_2(splits)
+    blocks = dict(P=H // G, D=D, BLOCK_D=width(D), BLOCK_R=block_r, BLOCK_S=block_s)
+    merge_kernel[(triton.cdiv(rows, block_r),)](parts, logs, out_BTHD, lse_BTH, rows, G, T, splits, **blocks)
+
+
+def _split(
+    name: str, D: int, rows: int, P: int, q: str = "bf16", cache: str = "", **features: Any
+) -> Compiled:
+    """The split kernel for `rows` rows; features: window, inner, SINKS and SINGLE, where on."""
+    chosen = tile(rows, D, torch.float32 if q == "fp32" else torch.bfloat16, 1 if cache else 2)
+    single = "SINGLE" in features
+    types = {"Q": f"*{q}", "K": f"*{cache or q}", "V": f"*{cache or q}", "PREFIX": "*i64", "DEPTH": "*i64"}
+    types |= {"WORDS": "*i32", "OUT": f"*{q}" if single else "*fp32", "factor": "fp32"}
+    optional = {"inner": "fp32", "SINKS": f"*{q}", "window": "i32"}
+    optional |= dict.fromkeys(("K_SCALE", "V_SCALE") if cache else (), "*fp32") | {"LSE": "*fp32"}
+    on = [n for n in optional if n in features or n.endswith("_SCALE") or (n == "LSE" and not single)]
+    off = {"inner", "SINKS", "window", "K_SCALE", "V_SCALE", "LSE"} - set(on)
+    constants = _constants(chosen, P, D) | {"SINGLE": single} | dict.fromkeys(sorted(off))
+    types |= {n: optional[n] for n in on}
+    return Compiled(
+        name,
+        split_kernel,
+        types,
+        constants,
+        aligned=STRIDES,
+        warps=chosen.warps,
+        stages=chosen.stages,
+        wgmma=chosen.rows >= 64,
+        pipelined=True,
+    )
+
+
+def _merged(D: int, splits: int, rows: int) -> Compiled:
+    types = {"PARTS": "*fp32", "LOGS": "*fp32", "OUT": "*bf16"}
+    constants = {"LSE": None, "P": 4, "D": D, "BLOCK_D": width(D), "BLOCK_R": rows, "BLOCK_S": splits}
+    return Compiled(f"merge-D{D}-S{splits}", merge_kernel, types, constants)
+
+
+COMPILED = [
+    *(_split(f"D{D}-M{M}", D, M, 4) for D in (128, 64, 80, 96) for M in (16, 32, 64, 128)),
+    *(_split(f"D256-M{M}", 256, M, 2) for M in (16, 32, 64)),
+    *(_split(f"P7-window-D128-M{M}", 128, M, 7, window=True) for M in (16, 32, 64, 128)),
+    *(_split(f"gemma-D256-M{M}", 256, M, 2, window=True, inner=True) for M in (16, 64)),
+    *(_split(f"gpt-oss-D64-M{M}", 64, M, 8, window=True, SINKS=True) for M in (16, 64, 128)),
+    *(_split(f"fp8-D128-M{M}", 128, M, 4, cache="i8") for M in (16, 32, 64, 128)),
+    *(_split(f"fp32-D{D}", D, 16, 4, q="fp32") for D in (64, 128, 256)),
+    *(_split(f"single-D128-M{M}", 128, M, 4, SINGLE=True) for M in (16, 128)),
+    *(
+        _merged(D, splits, rows)
+        for D, splits, rows in ((64, 16, 4), (128, 16, 2), (128, 64, 1), (256, 64, 1))
+    ),
+]
