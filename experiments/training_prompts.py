@@ -1,7 +1,7 @@
 """python experiments/training_prompts.py gsm8k_train.jsonl prompts.jsonl: prompts to train heads on.
 
 Functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
-to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left out.
+to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left.
 """
 
 import ast

@@ -36,7 +36,7 @@ TILES = {
     256: [Tile(16, 32, 4, 3, 2), Tile(32, 32, 4, 3, 2), Tile(64, 32, 8, 2, 1)],
 }
 NARROW = {Tile(64, 64, 4, 3, 2): Tile(64, 32, 4, 3, 2)}  # for 8-bit caches: decoding them takes registers
-EXACT = Tile(16, 16, 4, 2, 2)  # 32-bit products run on no matrix unit
+EXACT, EXACT_WIDE = Tile(16, 16, 4, 2, 2), Tile(16, 16, 8, 2, 1)  # 32-bit products run on no matrix unit
 
 
 def width(D: int) -> int:
@@ -51,7 +51,7 @@ def tile(rows: int, D: int, dtype: torch.dtype, itemsize: int = 2) -> Tile:
             f"heads of width {D} are too wide for the kernel, expected at most 256: use impl='naive'"
         )
     if dtype == torch.float32:
-        return EXACT
+        return EXACT if D <= 128 else EXACT_WIDE
     tiles = TILES[max(64, width(D))]
     chosen = next((t for t in tiles if t.rows >= rows), tiles[-1])
     return NARROW.get(chosen, chosen) if itemsize == 1 else chosen
