@@ -21,13 +21,13 @@ demo: setup
 
 # Triton is either an interpreter or a compiler in a process, and of one release.
 test: setup $(TRITON_36)/.installed
-	$(PYTEST) --dist loadfile -m "not interpret and not aot and not gpu" --nbmake tests notebooks
+	$(PYTEST) --dist loadfile -m "not interpret and not aot and not gpu and not bench" --nbmake tests notebooks
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/kernels
 	$(PYTEST) -m aot tests/kernels
 	PYTHONPATH=$(TRITON_36) $(PYTEST) -m aot tests/kernels
 
 test-fast: setup
-	$(PYTEST) --dist loadfile -m "not slow and not interpret and not aot and not gpu"
+	$(PYTEST) --dist loadfile -m "not slow and not interpret and not aot and not gpu and not bench"
 
 lint: setup
 	$(PY) -m ruff check
