@@ -43,11 +43,11 @@ class MedusaRecipe:
 class PromptRecipe:
     """What the target answers. written: messages of its own; beginnings: their first words, in turn."""
 
-    written: int = 720
+    written: int = 1216
     beginnings: tuple[str, ...] = ("",)
     message_tokens: int = 96
     answer_tokens: int = 128
-    batch: int = 40
+    batch: int = 64
     seed: int = 0
 
 
@@ -73,7 +73,7 @@ def collect(
     messages = [c.turns[0] for c in conversations] + own
     if not messages:
         raise ValueError(
-            "nothing to train on: give prompts with data=, or let the target write some: prompts.written=720"
+            "nothing to train on: give prompts with data=, or let the target write some: prompts.written=1216"
         )
     prompts = [render(tokenizer, [{"role": "user", "content": text}], None) for text in messages]
     return write_answers(
