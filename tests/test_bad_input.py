@@ -58,7 +58,7 @@ BEFORE_ANY_MODEL = {
     "seed=null": r"seed is None, expected a whole number: seed=0",
     "threads=0": r"threads is 0, expected 1 or more, or null .*threads=2",
     "ui=jason": r"ui=jason: expected one of .*; the nearest is ui=json",
-    "baseline=[none,hff]": r"baseline=\[hff\] is unknown; the nearest is 'hf'; there is: none, hf, ",
+    "baseline=[none,hff]": r"baseline=\[hff\] is unknown; the nearest is 'hf'; there is: none, none_float32",
     "baseline=hf": r"baseline is 'hf', expected a list: baseline=\[hf\]",
     "baseline=[hf_assisted]": r"baseline=\[hf_assisted\] needs a draft model, .*: proposer=draft_lm",
     "baseline=[none,hf_lookup_10] batch_size=2": r"hf_lookup_10 takes one prompt at a time .* batch_size=1",
