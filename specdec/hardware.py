@@ -187,7 +187,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "native_bf16": native_bf16(),
         },
-        "memory_gib": _memory_gib(),
+        "memory_gib": memory_gib(),
         "gpu": _gpu(),
         "versions": {package: _version(package) for package in PACKAGES},
         "git": git_state(Path(__file__).parent),
@@ -199,7 +199,8 @@ def _cores() -> int | None:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
 
 
-def _memory_gib() -> float | None:
+def memory_gib() -> float | None:
+    """The machine's memory; None where the system does not say."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf

@@ -3,12 +3,13 @@
 The stock products are made for one row or for hundreds (experiments/LOG.md). Costs one more copy of them.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from .hardware import memory_gib
 
 ROWS = 8  # MKL packs for one number of rows; with another it takes the stock product
 FEWEST = 4  # fewer rows than this are fast as they are
@@ -35,7 +36,7 @@ def packed_layers(decoder: nn.Module) -> Forwards:
         w.device.type != "cpu" or w.dtype != torch.float32 for w in weights
     ):
         return {}
-    if sum(w.nbytes for w in weights) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / SHARE:
+    if sum(w.nbytes for w in weights) > (memory_gib() or 0.0) * 2**30 / SHARE:
         return {}
     return {layer: _through_mkl(layer) for layer in layers}
 

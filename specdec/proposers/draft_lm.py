@@ -65,7 +65,8 @@ class DraftLM(Grown):
                 "proposer.path=ID_OR_FOLDER and proposer.layers=8 (the target's first layers)"
             )
         self.temperature = above_zero(temperature)
-        self.draft = HFTarget(first_layers(target.model, layers) if path is None else self._load(path, dtype))
+        model = first_layers(target.model, layers) if path is None else self._load(path, dtype)
+        self.draft = HFTarget(model, engine=target.engine)
 
     def _load(self, path: str, dtype: str) -> PreTrainedModel:
         loaded = pretrained(path, dtype, str(self.target.device))
