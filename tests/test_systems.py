@@ -35,3 +35,9 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_it_scores_trees() -> None:
     target = as_target(systems_model("x", "llama", SMALL, "float32", "cpu"))
     assert target.vocab == 64
+
+
+def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.systems.memory_gib", lambda: 1e-5)
+    with pytest.raises(ValueError, match=r"^x needs 0 GiB .* cpu has 0: .*target.config.num_hidden_layers=2"):
+        systems_model("x", "llama", SMALL, "float32", "cpu")
