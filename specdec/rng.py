@@ -14,6 +14,8 @@ from torch import Tensor
 
 from specdec_kernels.philox import Purpose, counter, open_unit, philox, race, row, rows
 
+from .transfer import to_device
+
 
 class Key(NamedTuple):
     """request and step are 32-bit, node 24-bit."""
@@ -115,7 +117,7 @@ class StreamBatch:
         if any(s.rng != streams[0].rng for s in streams):
             raise ValueError("the sequences of a batch must share one rng; give them the same seed: seed=0")
         fields = [[getattr(s, name) for s in streams] for name in ("request", "step", "position")]
-        return cls(streams[0].rng, *(torch.tensor(values, device=device) for values in fields))
+        return cls(streams[0].rng, *(to_device(values, device) for values in fields))
 
     def draw_at(self, weights_BNV: Tensor, depth_BN: Tensor) -> Tensor:
         """int64 [B, N]: the target's draw at every node, keyed by position."""

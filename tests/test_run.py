@@ -150,6 +150,7 @@ def killed_after(groups: int, words: list[str], partial: Path) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["data.categories=[coding,writing]", "data.limit=6", "max_new_tokens=48"]
     killed_after(2, [*BASE, *overrides, "ui=none", f"out={tmp_path}"], tmp_path / "partial")

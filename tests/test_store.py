@@ -274,6 +274,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_whole_groups_only(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(tmp_path)]
     for lines in (2, 6, 11):
