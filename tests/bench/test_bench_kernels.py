@@ -57,7 +57,6 @@ def replayed(calls: list[Callable[[], object]]) -> Callable[[], None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("operation", "case"), REAL)
 def test_a_kernel(benchmark: Benchmark, operation: str, case: Case) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
