@@ -290,3 +290,8 @@ def _dataset(path: str, split: str, name: str | None) -> "Dataset":
         raise ValueError(
             f"data=hub can't read data.path={path} data.split={split} data.name={name or 'null'}: {reason}"
         ) from error
+
+
+def most_turns(conversations: list[Conversation]) -> int:
+    """Turns of the longest conversation."""
+    return max(len(c.turns) for c in conversations)

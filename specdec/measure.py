@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from . import metrics
 from .accept import Match, Rule
 from .baselines import PLAIN_DTYPES, Answer, HFGenerate, baseline
-from .data import Conversation, digest
+from .data import Conversation, digest, most_turns
 from .decode import PARTS, Clock, ProfilingClock, Sequence, decode
 from .hardware import EnergyMeter, Hardware, PeakMemory
 from .lossless import compare
@@ -224,11 +224,6 @@ def _prompts(e: Experiment, records: list[RequestRecord]) -> dict[str, list[int]
     """Token ids of every request's prompt."""
     said = _said_plainly(records)
     return {r.id: r.ids for _, turn, chunk in _groups(e) for r in _requests(e, chunk, turn, said)}
-
-
-def most_turns(conversations: list[Conversation]) -> int:
-    """Turns of the longest conversation."""
-    return max(len(c.turns) for c in conversations)
 
 
 def _groups(e: Experiment) -> Iterator[tuple[int, int, list[Conversation]]]:

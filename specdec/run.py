@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ._paths import conf_dir
 from .config import Plan, check_overrides, load_config, make, prepare, with_names
+from .data import most_turns
 from .hardware import environment
-from .measure import METHOD, measure, most_turns
+from .measure import METHOD, measure
 from .metrics import speedup, steps_of, tokens_per_step
 from .records import RequestRecord
 from .store import RunFolder

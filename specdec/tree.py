@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .transfer import to_device
+from specdec_kernels import words
 
-WORD = 32
+from .transfer import to_device
 
 
 @dataclass
@@ -155,24 +155,12 @@ class TreeBatch:
     @cached_property
     def ancestors_BNN(self) -> Tensor:
         """bool [B, N, N]: as TokenTree.ancestors_NN; a pad sees only itself."""
-        B, N = self.tokens_BN.shape
-        seen_BNN = torch.eye(N, dtype=torch.bool, device=self.tokens_BN.device).repeat(B, 1, 1)
-        own_BN = torch.arange(N, device=self.tokens_BN.device).expand(B, N)
-        above_BN = torch.where(self.parents_BN >= 0, self.parents_BN, own_BN)
-        for _ in range((N - 1).bit_length()):  # each round looks twice as far up
-            seen_BNN = seen_BNN | seen_BNN.gather(1, above_BN.unsqueeze(-1).expand(B, N, N))
-            above_BN = above_BN.gather(1, above_BN)
-        return seen_BNN
+        return words.ancestors(self.parents_BN)
 
     @property
     def anc_BNW(self) -> Tensor:
         """int32 [B, N, W]: the ancestor rows as 32-bit words, bit j of word w is node 32 w + j."""
-        B, N = self.tokens_BN.shape
-        words = -(-N // WORD)
-        bits = torch.zeros(B, N, words * WORD, dtype=torch.int64, device=self.tokens_BN.device)
-        bits[..., :N] = self.ancestors_BNN
-        weights = 2 ** torch.arange(WORD, device=bits.device)
-        return (bits.view(B, N, words, WORD) * weights).sum(-1).to(torch.int32)
+        return words.pack(self.ancestors_BNN)
 
 
 def _pack_q(trees: list[TokenTree], nodes: int, device: torch.device | str) -> Tensor | None:

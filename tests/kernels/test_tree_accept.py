@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec_kernels import tree_accept
 from specdec_kernels.listing import cases
 from specdec_kernels.tree_accept import Decided, block, recursive, walk
-from specdec_kernels.tree_accept.cases import words
+from specdec_kernels.words import ancestors, pack
 
 KINDS = ("chain", "star", "random", "deep")
 TOYS = [case for case in cases("tree_accept") if case.toy]
@@ -117,7 +117,7 @@ def walk_call(seed: int, N: int, kind: str, vocab: int) -> dict[str, Tensor]:
     return {
         "tokens_BN": tokens_BN,
         "parents_BN": parents_BN,
-        "words_BNW": words(parents_BN),
+        "words_BNW": pack(ancestors(parents_BN)),
         "n_B": n_B,
         "choice_BN": choice_BN,
     }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..listing import Case
+from ..words import ancestors, pack
 
 Inputs = dict[str, Any]
 
@@ -66,23 +67,10 @@ def walk_inputs(B: int, N: int, device: torch.device, dtype: torch.dtype, seed: 
     return {
         "tokens_BN": tokens_2BN[0],
         "parents_BN": parents_BN,
-        "words_BNW": words(parents_BN),
+        "words_BNW": pack(ancestors(parents_BN)),
         "n_B": n_B,
         "choice_BN": tokens_2BN[1],
     }
-
-
-def words(parents_BN: Tensor) -> Tensor:
-    """int32 [B, N, W]: bit j of word w of node n is set iff node 32 w + j is n or an ancestor of n."""
-    B, N = parents_BN.shape
-    W = -(-N // 32)
-    bits_BNN = torch.eye(N, 32 * W, dtype=torch.int64, device=parents_BN.device).repeat(B, 1, 1)
-    row_B = torch.arange(B, device=parents_BN.device)
-    for n in range(1, N):
-        above_BN = bits_BNN[row_B, parents_BN[:, n]] * (parents_BN[:, n : n + 1] >= 0)
-        bits_BNN[:, n] |= above_BN
-    weight_J = 2 ** torch.arange(32, device=parents_BN.device)
-    return (bits_BNN.view(B, N, W, 32) * weight_J).sum(-1).to(torch.int32)
 
 
 def _recursive(B: int, N: int, V: int, toy: bool) -> Case:

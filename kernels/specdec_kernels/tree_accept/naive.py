@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..philox import Purpose, coins, race, rows
+from ..words import unpack
 
 Decided = tuple[Tensor, Tensor, Tensor]
 
@@ -13,7 +14,7 @@ def walk(tokens_BN: Tensor, parents_BN: Tensor, words_BNW: Tensor, n_B: Tensor, 
     N = tokens_BN.shape[1]
     real_BN = torch.arange(N, device=n_B.device) < n_B.unsqueeze(1)
     chosen_BN = tokens_BN == choice_BN.gather(1, parents_BN.clamp(min=0))
-    above_BNN = ancestors(words_BNW)
+    above_BNN = unpack(words_BNW, words_BNW.shape[1])
     reached_BN = all_the_way(parents_BN, above_BNN, chosen_BN & real_BN)
     end_B1 = torch.where(reached_BN, above_BNN.sum(-1), 0).argmax(dim=1, keepdim=True)
     return *path_to(end_B1, parents_BN, above_BNN), choice_BN.gather(1, end_B1).squeeze(1)
@@ -102,13 +103,6 @@ def one_hot(x_X1: Tensor, like_XV: Tensor) -> Tensor:
 def recorded(q_BNV: Tensor | None, p_BNV: Tensor) -> Tensor:
     """q in the type of p; zero where none was recorded."""
     return torch.zeros_like(p_BNV) if q_BNV is None else q_BNV.to(p_BNV.dtype)
-
-
-def ancestors(words_BNW: Tensor) -> Tensor:
-    """bool [B, N, N]: the words' bits."""
-    N = words_BNW.shape[1]
-    bits = words_BNW.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words_BNW.device)
-    return (bits & 1).bool().flatten(2)[..., :N]
 
 
 def all_the_way(parents_BN: Tensor, ancestors_BNN: Tensor, good_BN: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ Shapes: B batch, T rows asked for, C rows of the tree, W 32-bit words, L cache r
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-WORD = 32
+from ..words import pack, unpack
 
 
 class TreeMask:
@@ -39,14 +38,11 @@ class TreeMask:
 
     @cached_property
     def ancestors_BTC(self) -> Tensor:
-        bits_BTWJ = self.words_BTW.unsqueeze(-1) >> torch.arange(WORD, device=self.words_BTW.device)
-        return (bits_BTWJ & 1).flatten(2)[..., : self.depth_BC.shape[1]].bool()
+        return unpack(self.words_BTW, self.depth_BC.shape[1])
 
     @cached_property
     def words_BTW(self) -> Tensor:
-        padded_BTX = F.pad(self.ancestors_BTC, (0, -self.ancestors_BTC.shape[2] % WORD)).int()
-        shifts_J = torch.arange(WORD, dtype=torch.int32, device=padded_BTX.device)
-        return (padded_BTX.unflatten(2, (-1, WORD)) << shifts_J).sum(-1, dtype=torch.int32)
+        return pack(self.ancestors_BTC)
 
     def bias(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """`visible` as 0 and -inf [B, 1, T, L], for all heads; kept, as every layer asks for it."""

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..words import ancestors, pack
 from . import BuiltTree
 
-WORD = 32
 LOW = 0xFFFFFFFF
 
 
@@ -37,16 +37,9 @@ def _best(scores_BM: Tensor, count: int) -> Tensor:
 
 
 def ancestry(parents_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Depth and ancestor words of each row, from parents; every round looks twice as far up."""
-    B, N = parents_BN.shape
-    up_BN = torch.where(parents_BN < 0, torch.arange(N, device=parents_BN.device), parents_BN)
-    seen_BNN = torch.eye(N, dtype=torch.bool, device=parents_BN.device).expand(B, N, N)
-    for _ in range((N - 1).bit_length()):
-        seen_BNN = seen_BNN | seen_BNN.gather(1, up_BN[:, :, None].expand(B, N, N))
-        up_BN = up_BN.gather(1, up_BN)
-    bits_BNWJ = F.pad(seen_BNN, (0, -N % WORD)).view(B, N, -1, WORD).long()
-    words_BNW = (bits_BNWJ << torch.arange(WORD, device=parents_BN.device)).sum(-1)
-    return seen_BNN.sum(-1) - 1, words_BNW.to(torch.int32)
+    """Depth and ancestor words of each row, from parents."""
+    seen_BNN = ancestors(parents_BN)
+    return seen_BNN.sum(-1) - 1, pack(seen_BNN)
 
 
 def top_tokens(logits_XV: Tensor, k: int) -> tuple[Tensor, Tensor]:
