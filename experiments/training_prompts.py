@@ -2,18 +2,31 @@
 
 Functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
 to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left.
+The other kinds are those of assistants' benchmarks, composed by the rules of prompt_parts.txt.
 """
 
 import ast
 import json
 import random
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 HELD_OUT = 500
-COUNTS = {"complete": 500, "write": 350, "explain": 100, "summarise": 250, "translate": 250, "sums": 400}
+COUNTS = {"complete": 500, "write": 350, "explain": 100, "summarise": 250, "translate": 250, "sums": 1200}
+COMPOSED = {
+    "writing": 350,
+    "question_answering": 450,
+    "coding": 300,
+    "translation": 200,
+    "maths": 200,
+    "summarisation": 110,
+    "retrieval": 110,
+}
+PARTS = Path(__file__).with_name("prompt_parts.txt")
+SLOT = re.compile(r"@(?:(\d+)_(\d+)|([a-z_]+)\d?)")
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese")
 
 
@@ -61,12 +74,63 @@ def prompts(gsm8k: Path) -> dict[str, list[str]]:
     }
 
 
+class Composer:
+    """Expands the rules of `PARTS`; each rule deals its alternatives like a deck before any comes again."""
+
+    def __init__(self, seed: int) -> None:
+        lines = PARTS.read_text(encoding="utf-8").splitlines()
+        rules = (line.split(": ", 1) for line in lines if not line.startswith("#"))
+        self.rules = {name: texts.split(" | ") for name, texts in rules}
+        self.decks: dict[str, list[str]] = {name: [] for name in self.rules}
+        self.random = random.Random(seed)
+
+    def deal(self, name: str) -> str:
+        """The next alternative of a rule."""
+        if not self.decks[name]:
+            self.decks[name] = self.random.sample(self.rules[name], len(self.rules[name]))
+        return self.decks[name].pop()
+
+    def value(self, slot: re.Match[str], chosen: dict[str, str]) -> str:
+        """What stands for a slot in the prompt in which the slots of `chosen` are filled."""
+        low, high, name = slot.groups()
+        if low:
+            return str(self.random.randint(int(low), int(high)))
+        if slot[0] not in chosen:
+            used = {chosen[key] for key in chosen if key.rstrip("0123456789") == f"@{name}"}
+            text = self.deal(name)
+            while text in used:
+                text = self.deal(name)
+            chosen[slot[0]] = self.expand(text, chosen)
+        return chosen[slot[0]]
+
+    def expand(self, text: str, chosen: dict[str, str]) -> str:
+        """`text` with every slot filled."""
+        return SLOT.sub(lambda slot: self.value(slot, chosen), text)
+
+    def prompt(self, kind: str) -> str:
+        """One prompt of a kind."""
+        text = self.expand(self.deal(kind), {}).replace("\\n", "\n").replace("\\t", "    ")
+        text = re.sub(r"@A (?=[aeio](?!ne\b))", "an ", text).replace("@A ", "a ")
+        return text[0].upper() + text[1:]
+
+    def prompts(self, kind: str, count: int) -> list[str]:
+        """`count` different prompts of a kind."""
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found[self.prompt(kind)] = None
+        return list(found)
+
+
 def main(gsm8k: str, out: str) -> None:
     """Write a seeded choice of prompts in the schema that data=jsonl reads."""
     choose = random.Random(0)
     rows = []
     for kind, texts in prompts(Path(gsm8k)).items():
         for text in choose.sample(texts, min(COUNTS[kind], len(texts))):
+            rows.append({"question_id": len(rows), "category": kind, "turns": [text]})
+    composer = Composer(seed=0)
+    for kind, count in COMPOSED.items():
+        for text in composer.prompts(kind, count):
             rows.append({"question_id": len(rows), "category": kind, "turns": [text]})
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} prompts: {out}")

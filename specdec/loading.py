@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdec.hardware import native_bf16
+from specdec.transfer import in_dtype
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -119,7 +120,7 @@ def random_model(
         # Not torch.manual_seed: that seeds the CUDA generators too, which are not forked here.
         torch.default_generator.manual_seed(seed)
         model = hf.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    return finished(model.to(chosen, torch_dtype), None, f"random-{architecture}", label="random-")
+    return finished(in_dtype(model.to(chosen), torch_dtype), None, f"random-{architecture}", label="random-")
 
 
 @torch.no_grad()

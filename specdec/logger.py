@@ -1,13 +1,19 @@
 """Where a run is tracked besides its folder: nowhere (logger=none), or in Weights & Biases (logger=wandb)."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from specdec.metrics import steps_of, tokens_per_step
 from specdec.records import RequestRecord
+
+if TYPE_CHECKING:
+    import wandb
 
 MODES = ("offline", "online", "disabled")
 PER_REQUEST = (
@@ -27,6 +33,9 @@ class Silent:
     """logger=none: tracks nothing."""
 
     def log(self, config: dict, summary: dict, records: list[RequestRecord], folder: str) -> None:
+        """Nothing happens."""
+
+    def log_training(self, config: dict, curve: list[dict], folder: str) -> None:
         """Nothing happens."""
 
 
@@ -66,16 +75,32 @@ class Wandb:
         records  of all arms and repeats
         folder   exists; offline files go to `folder`/wandb
         """
-        import wandb
-
         if self.mode == "disabled":  # wandb's own disabled run would stay behind as wandb.run
             return
+        with self._run(config, folder) as run:
+            run.log(scalars(summary) | _charts(summary, records))
+
+    def log_training(self, config: dict, curve: list[dict], folder: str) -> None:
+        """Write a finished training: config, and its curve over the steps.
+
+        curve  rows {"step", "loss"} or {"step", "tokens_per_step", "acceptance_by_depth"}
+        """
+        if self.mode == "disabled":
+            return
+        with self._run(config, folder) as run:
+            for row in curve:
+                run.log(_by_depth(row), step=row["step"])
+
+    @contextmanager
+    def _run(self, config: dict, folder: str) -> Iterator[wandb.Run]:
+        import wandb
+
         # Dotted: the agent of a sweep locks keys such as `proposer`, which would drop the whole group.
         settings = {"config": flat(config), "dir": folder, "mode": self.mode, **self.where}
         quiet = wandb.Settings(console="off", quiet=True)
         # A run that the caller has open stays open and untouched.
         with wandb.init(**settings, settings=quiet, reinit="create_new") as run:
-            run.log(scalars(summary) | _charts(summary, records))
+            yield run
 
 
 def check_login() -> None:
@@ -114,6 +139,13 @@ def _pairs(value: dict, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _pairs(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
+
+
+def _by_depth(row: dict) -> dict[str, float]:
+    """A row of a training's curve, its list as numbers."""
+    depths = enumerate(row.get("acceptance_by_depth", []), start=1)
+    numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+    return numbers | {f"acceptance_by_depth.{depth}": rate for depth, rate in depths}
 
 
 def _charts(summary: dict, records: list[RequestRecord]) -> dict[str, Any]:

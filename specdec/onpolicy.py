@@ -1,68 +1,57 @@
-"""Training data from the target itself: prompts it writes, answers it gives, and what its LM head read.
+"""Training data from the target itself: prompts it writes, the answers it gives, and what its layers held.
 
-Shapes: X answer tokens of a shard, D width.
+Shapes: B batch, N nodes, C taps side by side, D width.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.progress import track
-from safetensors.torch import load_file, save_file
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .accept import Match
+from .data import digest
 from .decode import Sequence, decode
+from .files import write_text
 from .proposers.none import NoDraft
 from .rng import Philox
 from .sampling import Sampling
-from .target import HFTarget, TargetOutput
+from .shards import Origin, Shard, expect_answers_of, expect_features_of, read_shard, settings_of, shard_files
+from .target import HFTarget, Tap, TargetOutput
 from .tree import TokenTree, Verdict
 from .trees import Chain
 
 MARK = "\x1fwrite here\x1f"
+GREEDY = Sampling()
 
 
 class Recorder(NoDraft):
-    """Plain decoding that keeps what the LM head read at every step, a list of [D] in `seq.draft`."""
+    """Plain decoding that keeps the taps of every token but the last: rows of [C * D] in `seq.draft`."""
 
-    needs_hidden = ("final",)
+    def __init__(self, target: HFTarget, taps: tuple[Tap, ...]) -> None:
+        super().__init__(target, Chain())
+        self.needs_hidden = taps
 
-    def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
-        for seq in seqs:
-            seq.draft = []
+    def start(self, seqs: list[Sequence], hidden: list[dict[Tap, Tensor]]) -> None:
+        for seq, taps in zip(seqs, hidden, strict=True):
+            seq.draft = [self._rows(taps)]
 
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
+        rows_BC = self._rows({tap: h_BND[:, 0] for tap, h_BND in out.hidden.items()})
         for b, seq in enumerate(seqs):
-            seq.draft.append(out.hidden["final"][b, 0].to(torch.bfloat16))
+            seq.draft.append(rows_BC[b : b + 1])
 
-
-@dataclass
-class Answers:
-    """Answers of many requests end to end. features_XD[i] is what the LM head read when it said tokens_X[i].
-
-    tokens_X    int64
-    end_X       int64: index behind the last token of the answer that token i belongs to
-    features_XD bfloat16
-    """
-
-    tokens_X: Tensor
-    end_X: Tensor
-    features_XD: Tensor
-
-    @classmethod
-    def load(cls, files: list[Path]) -> "Answers":
-        shards = [load_file(f) for f in files]
-        lengths = torch.cat([s["lengths"] for s in shards])
-        end_X = lengths.cumsum(0).repeat_interleave(lengths)
-        joined = (torch.cat([s[name] for s in shards]) for name in ("tokens", "features"))
-        tokens_X, features_XD = joined
-        return cls(tokens_X.long(), end_X, features_XD)
+    def _rows(self, taps: dict[Tap, Tensor]) -> Tensor:
+        return torch.cat([taps[tap] for tap in self.needs_hidden], dim=-1).to("cpu", torch.bfloat16)
 
 
 def write_prompts(
@@ -84,34 +73,36 @@ def write_prompts(
     Each batch is kept in `folder`, and not written again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"prompts-{first:06d}.json" for first in range(0, count, batch)]
-    for first, file in track(
-        list(zip(range(0, count, batch), files, strict=True)), description="prompts by the target"
-    ):
-        if not file.exists():
+    files = {first: folder / f"prompts-{first:06d}.json" for first in range(0, count, batch)}
+    missing, stop_ids = [f for f, file in files.items() if not file.exists()], (tokenizer.eos_token_id,)
+    with _bar("prompts by the target", min(count, batch * len(missing))) as advance:
+        for first in missing:
             starts = [beginnings[(first + i) % len(beginnings)] for i in range(min(batch, count - first))]
-            texts = _write_batch(target, tokenizer, starts, first, longest, seed)
-            write_text_atomically(json.dumps(texts, ensure_ascii=False, indent=0), file)
-    return list(
-        dict.fromkeys(text for file in files for text in json.loads(file.read_text(encoding="utf-8")))
-    )
+            seqs = [
+                Sequence(first + i, chat_opening(tokenizer, words), longest, Philox(seed), stop_ids)
+                for i, words in enumerate(starts)
+            ]
+            _run(target, NoDraft(target, Chain()), Sampling(temperature=1.0, top_k=64), seqs, advance)
+            texts = _finished(tokenizer, starts, seqs)
+            write_text(json.dumps(texts, ensure_ascii=False, indent=0), files[first])
+    texts = [text for file in files.values() for text in _read_prompts(file)]
+    kept = list(dict.fromkeys(texts))
+    if count:
+        _say(
+            f"prompts by the target: {count} begun, {len(texts)} ended within {longest} tokens, "
+            f"{len(texts) - len(kept)} of them were there already"
+        )
+    return kept
 
 
-def _write_batch(
-    target: HFTarget,
-    tokenizer: PreTrainedTokenizerBase,
-    starts: list[str],
-    first: int,
-    longest: int,
-    seed: int,
-) -> list[str]:
-    stop_ids = (tokenizer.eos_token_id,)
-    seqs = [
-        Sequence(first + i, chat_opening(tokenizer, words), longest, Philox(seed), stop_ids)
-        for i, words in enumerate(starts)
-    ]
-    for _ in decode(target, NoDraft(target, Chain()), Match(), Sampling(temperature=1.0, top_k=64), seqs):
-        pass
+def _read_prompts(file: Path) -> list[str]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no list of prompts ({error}): delete it to have others") from error
+
+
+def _finished(tokenizer: PreTrainedTokenizerBase, starts: list[str], seqs: list[Sequence]) -> list[str]:
     texts = [
         words + tokenizer.decode(s.new_tokens, skip_special_tokens=True)
         for s, words in zip(seqs, starts, strict=True)
@@ -138,53 +129,131 @@ def write_answers(
     stop_ids: tuple[int, ...],
     longest: int,
     batch: int = 32,
+    taps: tuple[Tap, ...] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
 ) -> list[Path]:
-    """The target's greedy answers, one safetensors shard a batch; shards that are there already are kept."""
+    """Have the target answer what `folder` has no answer to yet, a shard a batch; returns all shards there.
+
+    With `taps`, shards hold what those layers held. A prompt is answered once, however often it is given, and
+    not where it leaves no room for `longest` tokens.
+    ValueError: shards there are damaged, of other settings or another target. OSError: too little disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    by_length = sorted(prompts, key=len)
-    groups = [by_length[i : i + batch] for i in range(0, len(by_length), batch)]
-    files = [folder / f"answers-{i:05d}.safetensors" for i in range(len(groups))]
-    for file, group in track(list(zip(files, groups, strict=True)), description="answers of the target"):
-        if not file.exists():
-            save_atomically(_answer(target, group, stop_ids, longest), file)
-    return files
+    origin = Origin(target.name, target.fingerprint, longest, sampling.temperature, seed)
+    different = dict.fromkeys(map(tuple, prompts))
+    fitting = [p for p in different if len(p) + longest <= target.max_length]
+    there = _answered(target, folder, origin, taps)
+    missing = sorted((p for p in fitting if p not in there), key=len)
+    _say(
+        f"answers: {len(prompts)} prompts, {len(prompts) - len(different)} of them repeated, "
+        f"{len(different) - len(fitting)} too long, {len(fitting) - len(missing)} answered already"
+    )
+    _check_disk(target, missing, longest, taps, folder)
+    names = _free_names(folder)
+    with _bar("answers of the target", len(missing)) as advance:
+        for first in range(0, len(missing), batch):
+            # Numbered by what they are asked: a sampled answer depends on nothing else that is.
+            seqs = [
+                Sequence(int(digest(p), 16) & 0x7FFFFFFF, list(p), longest, Philox(seed), stop_ids)
+                for p in missing[first : first + batch]
+            ]
+            _answer(target, seqs, taps, sampling, origin, advance).save(next(names))
+    return shard_files(folder)
+
+
+def _free_names(folder: Path) -> Iterator[Path]:
+    there = set(shard_files(folder))
+    names = (folder / f"answers-{i:05d}.safetensors" for i in range(10**5))
+    return (name for name in names if name not in there)
+
+
+def _answered(target: HFTarget, folder: Path, origin: Origin, taps: tuple[Tap, ...]) -> set[tuple[int, ...]]:
+    """The prompts of the shards in a folder."""
+    prompts = set()
+    for file in shard_files(folder):
+        shard = read_shard(file)
+        expect_answers_of(target, shard, file)
+        expect_features_of(taps, shard, file)
+        _expect_same_settings(origin, shard.origin, file)
+        texts = zip(shard.texts(), shard.prompts_S.tolist(), strict=True)
+        prompts |= {tuple(text[:prompt].tolist()) for text, prompt in texts}
+    return prompts
+
+
+def _expect_same_settings(origin: Origin, there: Origin, file: Path) -> None:
+    pairs = zip(settings_of(there).items(), settings_of(origin).values(), strict=True)
+    differing = [f"{name}={old}, not {new}" for (name, old), new in pairs if old != new]
+    if there.fingerprint and differing:
+        raise ValueError(
+            f"{file} was written with {' and '.join(differing)}: give the same, or another out=FOLDER"
+        )
+
+
+def _check_disk(
+    target: HFTarget, prompts: list[tuple[int, ...]], longest: int, taps: tuple[Tap, ...], folder: Path
+) -> None:
+    """Say what the shards take, were every answer as long as it may be. OSError unless that is free."""
+    width = 2 * len(taps) * target.config.hidden_size
+    need, free = sum(len(p) + longest for p in prompts) * (4 + width), shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(
+            f"{len(prompts)} answers may take {need / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB "
+            "free: out=ANOTHER_DISK, fewer prompts, or prompts.store_features=false"
+        )
+    if prompts:
+        _say(
+            f"{len(prompts)} answers of up to {longest} tokens take up to {need / 2**30:.2f} GiB of the "
+            f"{free / 2**30:.1f} GiB free in {folder}"
+        )
 
 
 def _answer(
-    target: HFTarget, prompts: list[list[int]], stop_ids: tuple[int, ...], longest: int
-) -> dict[str, Tensor]:
-    seqs = [Sequence(i, list(p), longest, Philox(0), stop_ids) for i, p in enumerate(prompts)]
-    for _ in decode(target, Recorder(target, Chain()), Match(), Sampling(), seqs):
-        pass
-    return {
-        "tokens": torch.tensor([t for s in seqs for t in s.new_tokens], dtype=torch.int32),
-        "lengths": torch.tensor([len(s.new_tokens) for s in seqs]),
-        "features": torch.stack([h_D for s in seqs for h_D in s.draft]).cpu(),
-    }
+    target: HFTarget,
+    seqs: list[Sequence],
+    taps: tuple[Tap, ...],
+    sampling: Sampling,
+    origin: Origin,
+    advance: Callable[[int, int], None],
+) -> Shard:
+    _run(target, Recorder(target, taps) if taps else NoDraft(target, Chain()), sampling, seqs, advance)
+    return Shard(
+        torch.tensor([t for s in seqs for t in s.tokens], dtype=torch.int32),
+        torch.tensor([len(s.tokens) for s in seqs]),
+        torch.tensor([s.prompt_len for s in seqs]),
+        torch.cat([row for s in seqs for row in s.draft]) if taps else None,
+        taps,
+        origin,
+    )
 
 
-def save_atomically(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that appears whole or not at all."""
-    part = file.with_suffix(".part")
-    save_file(tensors, part, metadata=metadata)
-    part.replace(file)
+def _run(
+    target: HFTarget,
+    proposer: NoDraft,
+    sampling: Sampling,
+    seqs: list[Sequence],
+    advance: Callable[[int, int], None],
+) -> None:
+    for rows in decode(target, proposer, Match(), sampling, seqs):
+        advance(sum(seq.done for seq, _ in rows), sum(record.kept for _, record in rows))
 
 
-def write_text_atomically(text: str, file: Path) -> None:
-    """A text file that appears whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Yields what to call with texts and tokens that came to be; nothing is shown where there are none."""
+    columns = TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, TextColumn("{task.fields[speed]}"), disable=not total) as bar:
+        bar.add_task("", total=total, speed="")
+        (task,), tokens = bar.tasks, 0
+
+        def advance(texts: int, more: int) -> None:
+            nonlocal tokens
+            tokens += more
+            speed = f"{tokens / task.elapsed:.0f} tokens/s" if task.elapsed else ""
+            bar.update(task.id, advance=texts, speed=speed)
+
+        yield advance
 
 
-def split(files: list[Path], held_out: int) -> tuple[list[Path], list[Path]]:
-    """Training shards and `held_out` others, spread evenly over the prompt lengths."""
-    chosen = set(files[:: max(1, len(files) // held_out)][:held_out])
-    return [f for f in files if f not in chosen], sorted(chosen)
-
-
-def batches(answers: Answers, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every position once, as runs of `rows` neighbours in random order."""
-    starts = torch.arange(0, len(answers.tokens_X), rows)
-    for start in starts[torch.randperm(len(starts), generator=generator)].tolist():
-        yield torch.arange(start, min(start + rows, len(answers.tokens_X)))
+def _say(line: str) -> None:
+    Console().print(Text(line), soft_wrap=True)

@@ -22,6 +22,7 @@ from .architecture import decoder_layers, longest_text, refuse_unsupported, slid
 from .cache import DeviceCache, SlotCache
 from .engine import Engine, Graphs
 from .packed import FEWEST, ROWS, packed_head, packed_layers, replaced
+from .transfer import in_dtype
 from .tree import TokenTree, TreeBatch, Verdict
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class HFTarget:
         """The same target in another dtype, with weights of its own."""
         known = {"tokenizer": self.tokenizer, "name": self.name, "fingerprint": self.fingerprint}
         known["engine"] = self.engine
-        return HFTarget(copy.deepcopy(self.model).to(dtype), **known)
+        return HFTarget(in_dtype(copy.deepcopy(self.model), dtype), **known)
 
     @property
     def lm_head(self) -> Tensor:
@@ -240,13 +241,11 @@ class HFTarget:
         return getattr(out, "logits", None), hidden
 
     def _padded(self, rows: int, batch: int = 1) -> int:
-        """Rows to run: as many as layers are packed for; few sizes in 16 bits, where oneDNN compiles each."""
-        if len(self._packed) > 1 and FEWEST <= rows * batch <= ROWS and ROWS % batch == 0:
+        """Rows to run: as many as layers are packed for, else few sizes."""
+        packed = self.dtype == torch.float32 and len(self._packed) > 1
+        if packed and FEWEST <= rows * batch <= ROWS and ROWS % batch == 0:
             return ROWS // batch
-        if self.dtype == torch.float32 or rows == 1:
-            return rows
-        granule = 8 if rows <= 64 else 64
-        return -(-rows // granule) * granule
+        return few_sizes(rows, self.dtype)
 
     def _probe(self) -> None:
         """ValueError unless a small tree shows that attention, window and positions are left to us."""
@@ -266,6 +265,14 @@ class HFTarget:
         else:
             return
         raise ValueError(f"{name} {problem}: it can't score trees; choose another target.path")
+
+
+def few_sizes(rows: int, dtype: torch.dtype) -> int:
+    """Rows to run for so many that are wanted: in 16 bits oneDNN compiles for every number of them."""
+    if dtype == torch.float32 or rows == 1:
+        return rows
+    granule = 8 if rows <= 64 else 64
+    return -(-rows // granule) * granule
 
 
 @contextmanager

@@ -1,73 +1,192 @@
-"""python -m specdec.train head=medusa [overrides]: trains heads on the target's own answers.
+"""python -m specdec.train head=eagle3 [overrides]: trains a head on the target's own answers.
 
-Stop it whenever you like: the same command with the same out= goes on where it was.
+Stop it whenever you like: the same command with the same out= goes on where it was. In several processes:
+torchrun --nproc_per_node 2 -m specdec.train head=eagle3 out=heads
 """
 
+import ctypes
+import json
+import shlex
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
-from hydra import initialize_config_dir
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from ._paths import conf_dir
-from .config import as_target, check_overrides, load_conversations, load_target, make
-from .proposers.medusa import MedusaInfo
-from .run import errors_in_one_line
-from .training import collect, train
+from .config import as_target, load_config, load_conversations, load_target, make
+from .data import Conversation
+from .files import write_text
+from .hardware import PeakMemory, environment
+from .loading import Loaded
+from .logger import flat
+from .proposers.headfile import read_head
+from .run import check_out, errors_in_one_line, target_line
+from .shards import shard_files
+from .store import json_text
+from .target import HFTarget
+from .training.collect import PromptRecipe, collect
+from .training.loop import best_row, differences, train
+from .training.processes import lead, place, together
+from .training.recipe import Recipe
+from .training.screen import Screen, result_table
+
+NOT_THE_HEADS = ("out", "logger", "threads")  # settings that change nothing about a head
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
+GIB = 2**30
 
 
-def run(cfg: DictConfig) -> Path:
-    """Collect answers, train, report; returns the file of heads."""
+def run(cfg: DictConfig, out: str | None = None, overrides: list[str] | None = None) -> Path:
+    """Collect answers, train, report; returns the file of the head, in `out`, else the config's folder.
+
+    overrides  what was asked for, for the record
+    """
+    keep_freed_memory()
+    with together():
+        return _run(cfg, Path(lead(lambda: out or cfg.out)), overrides or [])
+
+
+def _run(cfg: DictConfig, out: Path, overrides: list[str]) -> Path:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    console = Console()
-    out = Path(cfg.out)
-    recipe, prompts = make(cfg.head, cfg.allow), make(cfg.prompts, cfg.allow)
-    conversations = load_conversations(cfg) if cfg.get("data") else []
+    recipe, prompts, logger = (make(cfg[name], cfg.allow) for name in ("head", "prompts", "logger"))
+    file, config = out / "heads.safetensors", OmegaConf.to_container(cfg, resolve=True)
+    console = Console(quiet=place()[0] > 0)
+    if trained_already(out, config):
+        console.print(Text(f"{file} is trained already: choose another out= to train again"), soft_wrap=True)
+        return file
+    ready, conversations = asked_for(cfg)
     loaded = load_target(cfg)
     target = as_target(loaded)
-    shards = collect(target, target.tokenizer, conversations, prompts, out, loaded.stop_ids)
-    file = out / "heads.safetensors"
-    columns = (TextColumn("training heads, loss {task.fields[loss]:.3f}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=None, loss=0.0)
-        info = train(
+    console.print(Text(f"target: {target_line(target, cfg)}"), soft_wrap=True)
+    shards = ready or lead(lambda: answers(loaded, target, conversations, prompts, out, recipe))
+    record = trained(cfg, target, shards, recipe, prompts, file, console)
+    record |= {"config": config, "environment": {**environment(sys.argv), "overrides": overrides}}
+    if place()[0] == 0:
+        write_text(json_text(record, indent=1), out / "train.json")
+        logger.log_training(config, record["curve"], str(out))
+    table = result_table(best_row(record["curve"]), read_head(file, recipe.kind)[0]["accuracy_KR"])
+    console.print(table)
+    console.print(Text(f"use it: {command(recipe, file, overrides)}"), soft_wrap=True)
+    return file
+
+
+def trained_already(out: Path, config: dict[str, Any]) -> bool:
+    """ValueError: the folder holds a head that was trained with other settings."""
+    if not (out / "train.json").exists():
+        return False
+    there, here = (
+        {key: value for key, value in flat(each).items() if key.partition(".")[0] not in NOT_THE_HEADS}
+        for each in (json.loads((out / "train.json").read_text("utf-8"))["config"], config)
+    )
+    if differing := differences(there, here):
+        raise ValueError(
+            f"out={out} holds a head trained with other settings: {differing}: choose another out=DIR"
+        )
+    return True
+
+
+def asked_for(cfg: DictConfig) -> tuple[list[Path], list[Conversation]]:
+    """Shards that are there, or the prompts of data= to have answered. ValueError: no shards, or both."""
+    data = cfg.get("data")
+    if cfg.shards is None:
+        return [], load_conversations(cfg) if data else []
+    if data:
+        raise ValueError(f"shards={cfg.shards} holds answers, data= asks for others: leave one of them out")
+    if not (files := shard_files(Path(cfg.shards))):
+        raise ValueError(
+            f"shards={cfg.shards} holds no answers-*.safetensors, expected the out=FOLDER of another training"
+        )
+    return files, []
+
+
+def answers(
+    loaded: Loaded,
+    target: HFTarget,
+    conversations: list[Conversation],
+    prompts: PromptRecipe,
+    out: Path,
+    recipe: Recipe,
+) -> list[Path]:
+    """The shards in `out`, with what is still to be answered."""
+    return collect(
+        target, target.tokenizer, conversations, prompts, out, loaded.stop_ids, recipe.taps(target)
+    )
+
+
+def trained(
+    cfg: DictConfig,
+    target: HFTarget,
+    shards: list[Path],
+    recipe: Recipe,
+    prompts: PromptRecipe,
+    file: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Train; returns the curve, and what it took."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    memory, began = PeakMemory(target.device), time.monotonic()
+    memory.reset()
+    with Screen(console, recipe.kind) as show:
+        curve = train(
             target,
             shards,
             recipe,
             file,
             seed=cfg.seed,
-            report=lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss),
+            stored=prompts.store_features,
+            begin=show.begin,
+            report=show.report,
         )
-    console.print(accuracy_table(info))
-    console.print(f"heads: {file}\nuse them: python -m specdec.run proposer=medusa proposer.heads={file}")
-    return file
+    took = {"seconds": time.monotonic() - began, "resumed_at_step": show.done, "processes": place()[1]}
+    return {"curve": curve, **took, "peak_memory_mb": memory.peak_mb()}
 
 
-def accuracy_table(info: MedusaInfo) -> Table:
-    """Held-out accuracy of every head."""
-    table = Table("head", "top-1", "top-5", title="held-out accuracy")
-    for k, accuracy_R in enumerate(info.accuracy_KR, start=1):
-        table.add_row(str(k), f"{accuracy_R[0]:.3f}", f"{sum(accuracy_R[:5]):.3f}")
-    return table
+def command(recipe: Recipe, file: Path, overrides: list[str]) -> str:
+    """How to decode with the head, for the same target."""
+    same = [each for each in overrides if each.lstrip("+").startswith(("target", "allow"))]
+    words = [*same, f"proposer={recipe.kind}", f"proposer.heads={file}"]
+    return f"python -m specdec.run {shlex.join(words)}"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep big blocks that were freed; otherwise each is mapped and zeroed anew by the system.
+
+    That takes as long as the elementwise operation that writes the block. Other systems are left as they are.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, GIB)
+        mallopt(TRIM_THRESHOLD, GIB)
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
 def _main(cfg: DictConfig) -> None:
-    with errors_in_one_line():
-        run(cfg)
+    job = HydraConfig.get()
+    out = job.runtime.output_dir
+    with errors_in_one_line() if job.mode == RunMode.RUN else nullcontext():
+        try:
+            run(cfg, out, list(job.overrides.task))
+        except KeyboardInterrupt:
+            sys.exit(f"specdec: interrupted; the same command with out={out} goes on where it was")
 
 
 def main() -> None:
-    """The entry point."""
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
-    with errors_in_one_line(), initialize_config_dir(conf_dir(), version_base="1.3"):
-        check_overrides(overrides, "train")
+    """The entry point; unknown keys and choices are refused before Hydra meets them."""
+    words = sys.argv[1:]
+    with errors_in_one_line():
+        if not any(word.startswith("-") for word in words):
+            check_out(Path(load_config(words, "train").out))
     _main()
 
 

@@ -13,6 +13,7 @@ from specdec.decode import Sequence, decode
 from specdec.loading import Loaded, fingerprint, random_model
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_lm import DraftLM
+from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Head, Eagle3Info, save
 from specdec.proposers.medusa import MedusaHeads, MedusaInfo
 from specdec.proposers.none import NoDraft
 from specdec.records import StepRecord
@@ -75,6 +76,44 @@ def untrained_heads(target: HFTarget, tokens: list[int]) -> MedusaHeads:
         heads.weight_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
         heads.root_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     return heads
+
+
+def eagle_config(target: HFTarget, tokens: list[int], **flags: object) -> Eagle3Config:
+    """The shape of a head for a tiny target that drafts `tokens` only."""
+    width = target.config.hidden_size
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": width // 4, "mlp_width": 48, "taps": (0, 1, 1)}
+    target_shape = {"target_width": width, "target_vocab": target.vocab, "draft_vocab": len(tokens)}
+    return Eagle3Config(width=width, **shape | target_shape | flags)
+
+
+def untrained_eagle(target: HFTarget, tokens: list[int], **flags: object) -> Eagle3Head:
+    """A head with random weights that drafts `tokens` only."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = Eagle3Head(eagle_config(target, tokens, **flags))
+        for parameter in head.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    head.tokens_U.copy_(torch.tensor(tokens))
+    return head.borrow(target.embedding, target.lm_head).requires_grad_(False)
+
+
+def cyclic_eagle() -> Eagle3Head:
+    """A head that is always right about `cyclic`: a row reads the rows with its own token, and repeats it."""
+    still = {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e9}  # tokens match at any distance
+    one_head = {"heads": 1, "kv_heads": 1, "head_dim": VOCAB, "shared_head": True, "rope_parameters": still}
+    head = Eagle3Head(eagle_config(cyclic(), list(range(VOCAB)), **one_head))
+    for name, weight in head.named_parameters():
+        if "norm" not in name:
+            weight.data.zero_()
+    for name in "qkv":
+        head.self_attn[f"{name}_proj"].weight.data[:, :VOCAB] = torch.eye(VOCAB)
+    head.self_attn["o_proj"].weight.data = 10 * torch.eye(VOCAB)  # against what is fed back
+    return head.borrow(cyclic().embedding, cyclic().lm_head).requires_grad_(False)
+
+
+def save_eagle(head: Eagle3Head, target: HFTarget, path: Path) -> str:
+    save(path, head, Eagle3Info(head.config, target.name, target.fingerprint, ACCURACY))
+    return str(path)
 
 
 def info(target: HFTarget) -> MedusaInfo:

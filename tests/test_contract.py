@@ -15,14 +15,17 @@ from models import (
     SAMPLED,
     VOCAB,
     cyclic,
+    cyclic_eagle,
     cyclic_heads,
     plain,
     requests,
     run,
+    save_eagle,
     save_heads,
     tiny,
     tiny_model,
     tokens_per_step,
+    untrained_eagle,
     untrained_heads,
 )
 from torch import Tensor
@@ -46,20 +49,27 @@ def named(group: str) -> dict[str, dict]:
 
 
 PROPOSERS, TREES, RULES = named("proposer"), named("tree"), named("accept")
+TREES["drawn_sequoia"] = TREES["sequoia"] | {"draws": True}
 
 
 @pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[HFTarget, str]:
-    folder = tmp_path_factory.mktemp("heads")
-    untrained = untrained_heads(tiny(), list(range(0, VOCAB, 2)))
+def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[HFTarget, dict[str, str]]:
+    """Files of heads: untrained ones that draft half of the vocabulary, and ones that are always right."""
+    folder, half = tmp_path_factory.mktemp("heads"), list(range(0, VOCAB, 2))
     return {
-        tiny(): save_heads(untrained, tiny(), folder / "untrained.safetensors"),
-        cyclic(): save_heads(cyclic_heads(), cyclic(), folder / "right.safetensors"),
+        tiny(): {
+            "medusa": save_heads(untrained_heads(tiny(), half), tiny(), folder / "medusa.safetensors"),
+            "eagle3": save_eagle(untrained_eagle(tiny(), half), tiny(), folder / "eagle3.safetensors"),
+        },
+        cyclic(): {
+            "medusa": save_heads(cyclic_heads(), cyclic(), folder / "right_medusa.safetensors"),
+            "eagle3": save_eagle(cyclic_eagle(), cyclic(), folder / "right_eagle3.safetensors"),
+        },
     }
 
 
-def build(name: str, tree: str, target: HFTarget, heads: dict[HFTarget, str]) -> Proposer:
-    arguments = {"draft_lm": {"layers": 1}, "medusa": {"heads": heads[target]}}
+def build(name: str, tree: str, target: HFTarget, heads: dict[HFTarget, dict[str, str]]) -> Proposer:
+    arguments = {"draft_lm": {"layers": 1}} | {kind: {"heads": file} for kind, file in heads[target].items()}
     return make(PROPOSERS[name] | arguments.get(name, {}), partial=True)(target, policy(tree))
 
 
@@ -122,7 +132,7 @@ def test_plain_decoding_is_what_transformers_generates() -> None:
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @every_pair
 def test_the_text_is_that_of_plain_decoding(
-    name: str, tree: str, sampling: Sampling, heads: dict[HFTarget, str]
+    name: str, tree: str, sampling: Sampling, heads: dict[HFTarget, dict[str, str]]
 ) -> None:
     want, stop_ids = plain_answers(sampling)
     proposer = build(name, tree, tiny(), heads)
@@ -140,7 +150,9 @@ def test_the_text_is_that_of_plain_decoding(
         if r != "match" and allowed(make(RULES[r]), t)
     ],
 )
-def test_neighbours_change_nothing(name: str, tree: str, rule: str, heads: dict[HFTarget, str]) -> None:
+def test_neighbours_change_nothing(
+    name: str, tree: str, rule: str, heads: dict[HFTarget, dict[str, str]]
+) -> None:
     proposer, judge = build(name, tree, tiny(), heads), make(RULES[rule])
     alone = answers(proposer, SAMPLED, ALONE, judge)
     assert answers(proposer, SAMPLED, TOGETHER, judge) == alone
@@ -153,14 +165,14 @@ def test_each_rule_that_samples_is_among_those() -> None:
 
 
 @every_pair
-def test_it_really_speculates(name: str, tree: str, heads: dict[HFTarget, str]) -> None:
+def test_it_really_speculates(name: str, tree: str, heads: dict[HFTarget, dict[str, str]]) -> None:
     proposer = build(name, tree, cyclic(), heads)
     rate = tokens_per_step(run(proposer, requests([[1, 2], [6, 7, 0], [3, 4, 5, 6, 7, 0, 1, 2, 3]], 40)))
     assert rate == 1 if name == "none" else rate > 1.5
 
 
 @every_pair
-def test_proposals_fit_the_room(name: str, tree: str, heads: dict[HFTarget, str]) -> None:
+def test_proposals_fit_the_room(name: str, tree: str, heads: dict[HFTarget, dict[str, str]]) -> None:
     """No deeper than what can still be emitted, well formed, and made without touching the text."""
     proposer = build(name, tree, cyclic(), heads)
     propose, deepest = proposer.propose, []
@@ -194,7 +206,7 @@ class Watched(Match):
 @pytest.mark.parametrize("tree", [t for t in TREES if policy(t).draws])
 @pytest.mark.parametrize("name", [p for p in PROPOSERS if p != "none"])
 def test_q_is_the_law_that_the_tokens_were_drawn_from(
-    name: str, tree: str, heads: dict[HFTarget, str]
+    name: str, tree: str, heads: dict[HFTarget, dict[str, str]]
 ) -> None:
     proposer, rule, laws = build(name, tree, tiny(), heads), Watched(), {}
     if isinstance(proposer, Grown):

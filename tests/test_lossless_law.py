@@ -19,7 +19,7 @@ from specdec import accept
 from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Typical, strike
 from specdec.rng import Key, Purpose, Rng, Stream
 from specdec.tree import TokenTree, Verdict
-from specdec.trees import Chain, DraftLaw, Sampled, Static, TopK, TreePolicy
+from specdec.trees import BestFirst, Chain, DraftLaw, Eagle2, Sampled, Sequoia, Static, TopK
 
 EXACT, WRONG = 1e-12, 1e-3
 
@@ -49,13 +49,14 @@ class Mixed(Sampled):
     drawn_depth: int = 1
 
     def _branch(self, tree: TokenTree, node: int, *rest: object) -> list[tuple[int, int]]:
-        grow = Sampled._branch if tree.depth_N[node] == self.drawn_depth else TreePolicy._branch
+        grow = Sampled._branch if tree.depth_N[node] == self.drawn_depth else TopK._branch
         return grow(self, tree, node, *rest)
 
 
 CHAINS = {
     "sampled chain": Sampled(depth=2, widths=(1, 1)),
     "most likely chain": Chain(depth=2),
+    "dynamic chain": Eagle2(depth=2, nodes=3, width=1),
     "mixed chain": Mixed(depth=2, widths=(1, 1)),
     "chain mixed the other way": Mixed(depth=2, widths=(1, 1), drawn_depth=0),
     "chain that stops when unsure": Sampled(depth=2, widths=(1, 1), length="confidence", threshold=0.4),
@@ -69,6 +70,11 @@ TREES = {
     "static": Static(depth=2, paths=((0, 1), (1,), (2, 0))),
     "mixed": Mixed(depth=2, widths=(2, 2)),
     "mixed the other way": Mixed(depth=2, widths=(2, 2), drawn_depth=0),
+    "best first": BestFirst(depth=2, nodes=4),
+    "eagle2": Eagle2(depth=2, nodes=4, width=2),
+    "eagle2 that stops where unsure": Eagle2(depth=2, nodes=5, width=3, length="confidence", threshold=0.4),
+    "sequoia": Sequoia(depth=2, nodes=5),
+    "drawn sequoia": Sequoia(depth=2, nodes=4, draws=True),
 }
 
 

@@ -36,13 +36,24 @@ def test_modules_are_as_before_whatever_happens() -> None:
 
 
 @needs_mkl
-def test_every_layer_of_a_small_model_is_packed_in_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layer_of_a_small_model_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny_model().base_model
     linears = [m for m in decoder.modules() if isinstance(m, nn.Linear)]
     assert set(packed_layers(decoder)) == set(linears)
-    assert packed_layers(tiny_model().to(torch.bfloat16).base_model) == {}
+    assert packed_layers(tiny_model().to(torch.float16).base_model) == {}
     monkeypatch.setattr(packed, "memory_gib", lambda: None)
     assert packed_layers(decoder) == {}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_packed_where_the_cpu_knows_it(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(packed, "native_bf16", lambda: native)
+    decoder = tiny_model().to(torch.bfloat16).base_model
+    forwards = packed_layers(decoder)
+    assert len(forwards) == (sum(isinstance(m, nn.Linear) for m in decoder.modules()) if native else 0)
+    for layer, forward in forwards.items():
+        x = torch.randn(1, 5, layer.in_features, dtype=torch.bfloat16)
+        assert torch.allclose(forward(x), layer(x), rtol=2**-7, atol=2**-7)
 
 
 @needs_mkl

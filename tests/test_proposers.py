@@ -242,7 +242,6 @@ def test_a_draft_with_another_tokenizer_is_refused_with_a_token(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({}, "path=None, layers=None.*proposer.path=ID_OR_FOLDER.*proposer.layers="),
         ({"path": "somewhere", "layers": 1}, "path=somewhere, layers=1: expected one of"),
         ({"layers": 0}, "proposer.layers is 0, expected 1 to 2"),
         ({"layers": 3}, "proposer.layers is 3, expected 1 to 2"),

@@ -1,114 +1,511 @@
-"""Training on a tiny target: heads learn, are measured on held-out answers, survive an interruption."""
+"""Training on tiny targets: batches, losses, sums of batches, and that stopping it anywhere changes nothing.
 
+Shapes: S texts, T tokens, D width, X rows, U draft vocabulary.
+"""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
+from models import VOCAB, cyclic, tiny, tiny_model
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from specdec.data import Conversation
-from specdec.onpolicy import Answers, chat_opening, split
-from specdec.proposers.medusa import Medusa, MedusaHeads, root_embeddings
-from specdec.text import Bytes
-from specdec.training import MedusaRecipe, PromptRecipe, collect, measure, train
-from specdec.trees import Static
+from specdec.config import load_config
+from specdec.onpolicy import write_answers
+from specdec.proposers.medusa import MedusaHeads, root_embeddings
+from specdec.target import HFTarget
+from specdec.train import run
+from specdec.training import loop
+from specdec.training.eagle3 import Eagle3Recipe
+from specdec.training.estimate import kept_for_backward
+from specdec.training.heads import OBJECTIVES, HeadRecipe
+from specdec.training.heldout import HeldOut
+from specdec.training.loop import Progress, best_row, train
+from specdec.training.medusa import MedusaRecipe
+from specdec.training.texts import GRANULE, Texts, split
 
-RECIPE = MedusaRecipe(heads=2, vocab=64, epochs=4, rows=32, lr=0.02, held_out=1)
-PROMPTS = PromptRecipe(written=0, answer_tokens=40, batch=4)
+TAPS, STOP, LONGEST = (0, 1, "final"), (3, 9), 24
+SMALL = {"vocab": VOCAB, "epochs": 2, "rows": 5 * GRANULE, "lr": 0.02}
+MEDUSA, EAGLE = MedusaRecipe(heads=2, **SMALL), Eagle3Recipe(unroll=2, **SMALL)
+RECIPES = pytest.mark.parametrize("recipe", [MEDUSA, EAGLE], ids=lambda recipe: recipe.kind)
+
+
+def collected(target: HFTarget, folder: Path, taps: tuple = TAPS) -> list[Path]:
+    """Answers of many lengths to 20 prompts of three tokens or more, in five shards."""
+    prompts = [[(7 * i + j) % VOCAB for j in range(3 + i % 5)] for i in range(20)]
+    return write_answers(target, prompts, folder, stop_ids=STOP, longest=LONGEST, batch=4, taps=taps)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("answers")
-    conversations = [Conversation(str(i), "any", (chr(33 + i) * (2 + i % 5),)) for i in range(16)]
-    return collect(tiny(), Bytes97(), conversations, PROMPTS, folder, ())
+    return collected(tiny(), tmp_path_factory.mktemp("answers"))
 
 
-class Bytes97(Bytes):
-    """Bytes within the tiny target's vocabulary."""
-
-    def encode(self, text: str) -> list[int]:
-        return [token % tiny().vocab for token in super().encode(text)]
-
-
-def test_features_are_what_the_lm_head_read_when_it_said_the_token(shards):
-    answers = Answers.load(shards)
-    said_X = (answers.features_XD.float() @ tiny().lm_head.T).argmax(-1)
-    assert (said_X == answers.tokens_X).float().mean() > 0.98  # features are stored in 16 bits
-    assert answers.end_X.max() == len(answers.tokens_X) == len(answers.end_X)
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same answers without features."""
+    return collected(tiny(), tmp_path_factory.mktemp("bare"), ())
 
 
-def test_answers_that_are_there_are_not_given_again(shards):
-    before = [f.stat().st_mtime_ns for f in shards]
-    conversations = [Conversation(str(i), "any", (chr(33 + i) * (2 + i % 5),)) for i in range(16)]
-    assert collect(tiny(), Bytes97(), conversations, PROMPTS, shards[0].parent, ()) == shards
-    assert [f.stat().st_mtime_ns for f in shards] == before
+def weights(file: Path) -> dict[str, list]:
+    return {name: t.tolist() for name, t in load_file(file).items()}
 
 
-def test_held_out_shards_are_not_trained_on(shards):
-    training, held_out = split(shards, 1)
-    assert len(held_out) == 1
-    assert set(training) | set(held_out) == set(shards)
-    assert not set(training) & set(held_out)
+def test_a_batch_is_the_texts_side_by_side(shards: list[Path]) -> None:
+    texts = Texts.load(shards, TAPS)
+    assert len({len(text) for text in texts.tokens}) > 5
+    for group in texts.groups(4 * GRANULE, torch.Generator()):
+        batch = texts.batch(tiny(), group)
+        for s, i in enumerate(group):
+            *tokens, last = texts.tokens[i].tolist()
+            T, rest = len(tokens), batch.tokens_ST.shape[1] - len(tokens)
+            assert batch.tokens_ST[s].tolist() == tokens + [0] * rest
+            assert batch.next_ST[s].tolist() == [*tokens[1:], last] + [0] * rest
+            assert batch.real_ST[s].tolist() == [True] * T + [False] * rest
+            said = [texts.prompts[i] <= t + 1 <= T for t in range(T + rest)]
+            assert batch.said_ST[s].tolist() == said
+            side_by_side = torch.cat([batch.hidden[tap][s] for tap in TAPS], dim=-1)
+            assert torch.equal(side_by_side[:T], texts.features[i])
+            assert not side_by_side[T:].any()
+    assert texts.said == sum(int(texts.batch(tiny(), [i]).said_ST.sum()) for i in range(len(texts))), (
+        "tokens that the target said are counted in one way"
+    )
 
 
-def test_heads_learn_and_their_file_drafts(shards, tmp_path):
-    out, answers = tmp_path / "heads.safetensors", Answers.load(shards)
-    untrained = MedusaHeads(2, tiny().lm_head, torch.arange(tiny().vocab))
-    info = train(tiny(), shards, RECIPE, out)
-    trained, _ = MedusaHeads.load(out, tiny())
-    for before_R, after_R in zip(*(measure(h, tiny(), answers) for h in (untrained, trained)), strict=True):
-        assert after_R[0] > before_R[0] + 0.1
-    assert [len(row) for row in info.accuracy_KR] == [10, 10]
-    assert all(0 <= sum(row) <= 1 for row in info.accuracy_KR)
-    medusa = Medusa(tiny(), Static(nodes=4), heads=str(out))
-    assert medusa.info == info
-    assert not out.with_suffix(".state").exists()
+def test_every_text_is_in_one_group_of_its_length(shards: list[Path]) -> None:
+    texts, orders = Texts.load(shards, ()), set()
+    texts.tokens[::3] = [torch.cat([text] * 8) for text in texts.tokens[::3]]
+    for seed in range(4):
+        groups = texts.groups(4 * GRANULE, torch.Generator().manual_seed(seed))
+        assert sorted(i for group in groups for i in group) == list(range(len(texts)))
+        for group in groups:
+            longest = -(-max(len(texts.tokens[i]) - 1 for i in group) // GRANULE) * GRANULE
+            assert len(group) == 1 or len(group) * longest <= 4 * GRANULE
+        orders.add((len(groups), tuple(map(tuple, groups))))
+    assert len(orders) == 4, "another order every time"
+    assert len({count for count, _ in orders}) == 1, "a schedule knows how many batches there will be"
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(shards, tmp_path):
-    def stops(step: int, total: int, loss: float) -> None:
-        if step == 2 * total // 3:
-            raise KeyboardInterrupt
-
-    train(tiny(), shards, RECIPE, tmp_path / "whole.safetensors")
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(), shards, RECIPE, tmp_path / "halved.safetensors", report=stops)
-    train(tiny(), shards, RECIPE, tmp_path / "halved.safetensors")
-    whole, halved = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "halved"))
-    assert all(torch.equal(whole[name], halved[name]) for name in whole)
+def test_features_of_some_taps_are_chosen_from_all(shards: list[Path]) -> None:
+    everything = Texts.load(shards, TAPS)
+    some = Texts.load(shards, ("final", 0))
+    for all_TC, some_TC in zip(everything.features, some.features, strict=True):
+        first_TD, _, final_TD = all_TC.chunk(3, dim=-1)
+        assert torch.equal(some_TC, torch.cat([final_TD, first_TD], dim=-1))
+    assert Texts.load(shards, TAPS, stored=False).features == []
+    assert Texts.load(shards, ()).features == []
 
 
-def test_other_settings_do_not_go_on_with_a_begun_training(shards, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(), shards, RECIPE, tmp_path / "heads.safetensors", report=_stop_in_the_second_epoch)
-    with pytest.raises(ValueError, match="other settings"):
-        train(tiny(), shards, replace(RECIPE, lr=0.5), tmp_path / "heads.safetensors")
+def test_features_computed_on_the_fly_are_those_stored(tmp_path: Path) -> None:
+    """In float64 what decoding and prefill give differs by less than the 16 bits that are kept."""
+    target = tiny().cast(torch.float64)
+    texts = Texts.load(collected(target, tmp_path), TAPS)
+    computed = replace(texts, features=[])
+    for group in texts.groups(4 * GRANULE, torch.Generator()):
+        stored, anew = (each.batch(target, group).hidden for each in (texts, computed))
+        assert all(torch.equal(stored[tap], anew[tap]) for tap in TAPS)
 
 
-def _stop_in_the_second_epoch(step: int, total: int, loss: float) -> None:
-    if step > total // 2:
-        raise KeyboardInterrupt
+def test_shards_that_lack_features_are_refused(shards: list[Path], bare: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"'no layer', training needs \[0\] too: .*store_features=false"):
+        Texts.load([shards[0], bare[1]], (0,))
+    with pytest.raises(ValueError, match=r"answers-00000.*training needs \[2\] too"):
+        Texts.load(shards, (1, 2))
+    assert len(Texts.load([shards[0], bare[1]], (0,), stored=False)) == 8
 
 
-def test_an_untrained_head_repeats_the_lm_head_whatever_the_root():
+def test_held_out_shards_are_not_trained_on_and_of_all_lengths() -> None:
+    files = [Path(f"{i:02d}") for i in range(10)]
+    for count in (1, 2, 3, 10):
+        training, held_out = split(files, count)
+        assert len(held_out) == count
+        assert sorted(training + held_out) == files
+    assert split(files, 1)[1] == [files[5]]
+    assert split(files, 2)[1] == [files[2], files[7]]
+
+
+def plain_kl(p: list[float], q: list[float]) -> float:
+    """Without p's own entropy."""
+    return -sum(a * math.log(b) for a, b in zip(p, q, strict=True))
+
+
+def plain_tv(p: list[float], q: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+
+
+def plain_lk(p: list[float], q: list[float]) -> float:
+    accepted = sum(min(a, b) for a, b in zip(p, q, strict=True))
+    share = math.exp(-3 * accepted)
+    return share * plain_kl(p, q) + (1 - share) * plain_tv(p, q)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_the_published_formulas(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_XU, teacher_XU = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64) * 3
+    teacher_XU = teacher_XU.softmax(-1)
+    laws = zip(teacher_XU.tolist(), logits_XU.softmax(-1).tolist(), strict=True)
+    plain = {"kl": plain_kl, "tv": plain_tv, "lk": plain_lk}[name]
+    expected_X = torch.tensor([plain(p, q) for p, q in laws], dtype=torch.float64)
+    torch.testing.assert_close(OBJECTIVES[name](teacher_XU, logits_XU), expected_X)
+
+
+class Judged(HeadRecipe):
+    """Says what it is given; depth 1 is twice as deep as it was drafted."""
+
+    kind = "judged"
+    taps = fresh = save = proposer = lambda *_: None
+    depths: tuple = ()
+
+    def judged(self, *_: object) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield from self.depths
+
+
+def test_a_loss_is_the_mean_over_what_can_be_drafted_deeper_ones_count_less() -> None:
+    teacher_XU, logits_XU = torch.rand(4, 5).softmax(-1), torch.randn(4, 5)
+    drafted_X = torch.tensor([True, False, True, True])
+    recipe = Judged(decay=0.5, objective="tv")
+    depths = ((logits_XU, teacher_XU, drafted_X), (logits_XU[2:], teacher_XU[2:], drafted_X[:2]))
+    object.__setattr__(recipe, "depths", depths)
+    tv = [plain_tv(p, q) for p, q in zip(teacher_XU.tolist(), logits_XU.softmax(-1).tolist(), strict=True)]
+    expected = ((tv[0] + tv[2] + tv[3]) / 3 + 0.5 * tv[2]) / 1.5
+    assert float(recipe.loss(None, None, None)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MedusaRecipe, Eagle3Recipe])
+def test_heads_learn_what_the_target_says(kind: type[HeadRecipe], tmp_path: Path) -> None:
+    """The cycle: an untrained head is never right about it, a trained one nearly always."""
+    prompts = [[(i + j) % 8 for j in range(3 + i % 4)] for i in range(24)]
+    taps = (0, 1, "final")
+    files = write_answers(cyclic(), prompts, tmp_path, stop_ids=(), longest=20, batch=4, taps=taps)
+    recipe = kind(vocab=VOCAB, epochs=8, rows=256, lr=0.01)
+    out = tmp_path / "heads.safetensors"
+    curve = train(cyclic(), files, recipe, out)
+    depth = len(best_row(curve)["acceptance_by_depth"])
+    assert best_row(curve)["tokens_per_step"] > 0.9 * (depth + 1) > 3
+    assert curve[-2]["loss"] < 0.5 * curve[0]["loss"]
+    info = recipe.proposer(cyclic(), out).info
+    assert [len(row) for row in info.accuracy_KR] == [10] * depth
+    assert all(row[0] > 0.9 for row in info.accuracy_KR)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([f.name for f in files] + [out.name])
+
+
+def test_an_untrained_head_repeats_the_lm_head_whatever_the_root() -> None:
     heads = MedusaHeads(2, tiny().lm_head, torch.arange(tiny().vocab))
     hidden_XD = torch.randn(3, tiny().lm_head.shape[1])
     root_XD = root_embeddings(tiny(), torch.tensor([1, 2, 3]))
-    assert torch.allclose(
-        heads(hidden_XD, root_XD), (hidden_XD @ tiny().lm_head.T).expand(2, -1, -1), atol=1e-5
-    )
+    repeated_KXU = (hidden_XD @ tiny().lm_head.T).expand(2, -1, -1)
+    assert torch.allclose(heads(hidden_XD, root_XD), repeated_KXU, atol=1e-5)
     assert torch.allclose(root_XD.pow(2).mean(-1), torch.ones(3), atol=1e-3)
 
 
-def test_wrong_settings_are_refused(shards, tmp_path):
-    with pytest.raises(ValueError, match=r"head\.heads=1"):
+@pytest.mark.parametrize("accumulate", [4, 16])
+def test_accumulated_batches_are_one_big_batch(accumulate: int, shards: list[Path], tmp_path: Path) -> None:
+    """Texts of different lengths weigh as their tokens do: the mean of batches' means would differ."""
+    whole = replace(EAGLE, rows=16 * GRANULE, epochs=4)
+    parts = replace(whole, rows=16 * GRANULE // accumulate, accumulate=accumulate)
+    one = train(tiny(), shards, whole, tmp_path / "one.safetensors")
+    many = train(tiny(), shards, parts, tmp_path / "many.safetensors")
+    assert [row["step"] for row in one] == [row["step"] for row in many] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for a, b in zip(one, many, strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-5)
+
+
+class Killed(BaseException):
+    """As KeyboardInterrupt: nothing may catch it."""
+
+
+def kills(at: int) -> Callable[[Progress], None]:
+    """A report that ends the training at its call number `at`."""
+    calls = iter(range(10**6))
+
+    def report(_: Progress) -> None:
+        if next(calls) == at:
+            raise Killed
+
+    return report
+
+
+STEPS = 4  # an epoch: 16 texts in batches of up to five
+REPORTS = 2 * (STEPS + 1)  # two epochs of steps, and a measurement each
+
+
+@pytest.fixture(scope="module")
+def whole(shards: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[HeadRecipe], tuple]:
+    """Curve and weights of a recipe's training that nothing disturbs."""
+
+    @functools.cache
+    def trained(recipe: HeadRecipe) -> tuple[list[dict], dict[str, list]]:
+        out = tmp_path_factory.mktemp("whole") / "heads.safetensors"
+        curve = train(tiny(), shards, recipe, out)
+        assert [("loss" in row) for row in curve] == [*[True] * STEPS, False] * 2
+        return curve, weights(out)
+
+    return trained
+
+
+def check_the_end(shards: list[Path], recipe: HeadRecipe, out: Path, whole: Callable) -> None:
+    """The property: what was killed ends as if it were not, and leaves nothing else behind."""
+    curve = train(tiny(), shards, recipe, out)
+    assert (curve, weights(out)) == whole(recipe)
+    assert [f.name for f in out.parent.iterdir() if f.suffix != ".part"] == [out.name]
+
+
+@RECIPES
+@pytest.mark.parametrize("at", range(REPORTS))
+def test_a_training_killed_anywhere_ends_as_if_it_were_not(
+    at: int, recipe: HeadRecipe, shards: list[Path], whole: Callable, tmp_path: Path, monkeypatch
+) -> None:
+    """Its state is there after every second step, and after a measurement."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    out = tmp_path / "heads.safetensors"
+    with pytest.raises(Killed):
+        train(tiny(), shards, recipe, out, report=kills(at))
+    assert not out.exists(), "a head appears when it is complete"
+    check_the_end(shards, recipe, out, whole)
+
+
+def test_a_training_killed_again_and_again_ends_as_if_it_were_not(
+    bare: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With features that the target computes, whose cache has another size in every process."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
+    once, killed = tmp_path / "once.safetensors", tmp_path / "killed.safetensors"
+    curve, deaths, ended = train(tiny(), bare, EAGLE, once), 0, None
+    while ended is None:
+        target = HFTarget(tiny_model(), name=tiny().name, fingerprint=tiny().fingerprint)
+        try:
+            ended = train(target, bare, EAGLE, killed, report=kills(1))
+        except Killed:
+            deaths += 1
+    assert deaths == REPORTS - 2, "two reports a life, the second of which is lost but for a measurement"
+    assert ended == curve
+    assert weights(killed) == weights(once)
+
+
+def half_written(path: Path, _: object) -> None:
+    path.with_name(path.name + ".part").write_bytes(b"half")
+
+
+def named_but_not_cleaned_up(out: Path) -> None:
+    out.with_suffix(".best").replace(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("acceptance", lambda *_: None),
+        ("atomically", half_written),
+        ("_finish", lambda _: None),
+        ("_finish", named_but_not_cleaned_up),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_training_killed_where_it_writes_ends_as_if_it_were_not(
+    at: int, name: str, act: Callable, shards: list[Path], whole: Callable, tmp_path: Path, monkeypatch
+) -> None:
+    """While a head is tried, while the state is written, before and after the head has its name."""
+    whole(MEDUSA)
+    real, calls, out = getattr(loop, name), iter(range(10**6)), tmp_path / "heads.safetensors"
+
+    def dies(*args: object) -> object:
+        if next(calls) < at:
+            return real(*args)
+        act(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(loop, name, dies)
+        train(tiny(), shards, MEDUSA, out)
+    check_the_end(shards, MEDUSA, out, whole)
+
+
+def begun(shards: list[Path], out: Path) -> None:
+    """A training that was killed after its first epoch."""
+    with pytest.raises(Killed):
+        train(tiny(), shards, EAGLE, out, report=kills(STEPS + 1))
+
+
+def test_a_begun_training_goes_on_with_its_own_settings_only(shards: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "heads.safetensors"
+    begun(shards, out)
+    for changed, said in (
+        ({"recipe": replace(EAGLE, lr=0.5)}, r"head.lr is 0.02 there, 0.5 here"),
+        ({"seed": 3}, r"seed is 0 there, 3 here"),
+        ({"shards": shards[:-1]}, r"texts is '\w+' there, '\w+' here"),
+    ):
+        options = {"shards": shards, "recipe": EAGLE, "out": out} | changed
+        with pytest.raises(ValueError, match=rf"heads.state was begun with other settings: {said}.*out="):
+            train(tiny(), **options)
+    out.with_suffix(".state").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"heads.state is no state of a training .*delete it"):
+        train(tiny(), shards, EAGLE, out)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, measured: list[float]) -> None:
+    values = iter(measured)
+    monkeypatch.setattr(loop, "acceptance", lambda *_: HeldOut(next(values), [0.5]))
+
+
+def test_it_stops_early_and_keeps_the_best_epoch(
+    shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out, best = replace(EAGLE, epochs=9, patience=2), tmp_path / "heads.safetensors", []
+    scripted(monkeypatch, [1.2, 1.5, 1.5, 1.4, 9.0])
+
+    def report(now: Progress) -> None:
+        if now.heldout == HeldOut(1.5, [0.5]) and not best:
+            best.append(weights(out.with_suffix(".best")))
+
+    curve = train(tiny(), shards, recipe, out, report=report)
+    assert curve[-1]["step"] == 4 * STEPS, "two epochs after the best"
+    assert best_row(curve)["step"] == 2 * STEPS
+    assert weights(out) == best[0]
+
+
+def test_without_patience_it_trains_to_the_end(
+    shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [2.0, 1.0])
+    assert train(tiny(), shards, EAGLE, tmp_path / "h.safetensors")[-1]["step"] == 2 * STEPS
+
+
+def test_a_forward_in_16_bits_updates_weights_in_32(
+    shards: list[Path], whole: Callable, tmp_path: Path
+) -> None:
+    out = tmp_path / "heads.safetensors"
+    losses = [
+        [row["loss"] for row in curve if "loss" in row]
+        for curve in (train(tiny(), shards, replace(MEDUSA, dtype="bfloat16"), out), whole(MEDUSA)[0])
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_loss_that_is_no_number_ends_it(shards: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+.*lower head.lr"):
+        train(tiny(), shards, replace(EAGLE, lr=1e30), tmp_path / "heads.safetensors")
+
+
+def test_wrong_settings_are_refused(shards: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "heads.safetensors"
+    with pytest.raises(ValueError, match=r"head.heads is 0, expected 1 or more: head.heads="):
         MedusaRecipe(heads=0)
-    with pytest.raises(ValueError, match=r"head\.held_out=1"):
-        train(tiny(), shards[:1], RECIPE, tmp_path / "heads.safetensors")
-    with pytest.raises(ValueError, match="nothing to train on"):
-        collect(tiny(), Bytes97(), [], PROMPTS, tmp_path, ())
-    with pytest.raises(ValueError, match="no chat template"):
-        chat_opening(Bytes97(), "")
+    with pytest.raises(ValueError, match=r"head.dtype is 'int8', expected float32 or bfloat16"):
+        MedusaRecipe(dtype="int8")
+    with pytest.raises(ValueError, match=r"head.objective is 'l2', expected kl, tv, lk: head.objective=kl"):
+        Eagle3Recipe(objective="l2")
+    with pytest.raises(ValueError, match=r"1 shards are too few to hold 1 out: .*prompts.batch=16"):
+        train(tiny(), shards[:1], EAGLE, out)
+    with pytest.raises(ValueError, match=r"was written by random-llama .* this target is .*shards=FOLDER"):
+        train(cyclic(), shards, MEDUSA, out)
+    assert not list(tmp_path.iterdir())
+
+
+class Product(nn.Module):
+    """Keeps x of 100 floats and y of 10 for its backward, beside a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(100))
+
+    def loss(self) -> Tensor:
+        x, y = torch.ones(100), torch.ones(10, requires_grad=True)
+        return (self.weight * x).sum() * (y * y).sum().exp()
+
+
+def test_what_a_backward_keeps_is_counted_once_and_without_the_weights() -> None:
+    product = Product()
+    scalars = 2 * 4 + 4  # both factors of the product, and what exp gave, which is one of them
+    kept = kept_for_backward(product.loss, {product.weight.data_ptr()})
+    assert 4 * (100 + 10) < kept <= 4 * (100 + 10) + scalars
+
+
+def test_an_estimate_comes_first_and_counts_what_there_is(shards: list[Path], tmp_path: Path) -> None:
+    events, out = [], tmp_path / "heads.safetensors"
+    train(tiny(), shards, EAGLE, out, begin=events.append, report=events.append)
+    first, texts = events[0], Texts.load(split(shards, 1)[0], TAPS)
+    assert (first.texts, first.said, first.steps, first.done) == (16, texts.said, 2 * STEPS, 0)
+    assert first.memory["target"] == sum(p.nbytes for p in tiny().model.parameters())
+    assert first.memory["features"] == sum(rows.nbytes for rows in texts.features)
+    stored = load_file(out)
+    trained = {n: t for n, t in stored.items() if n != "tokens_U"}
+    assert first.parameters == sum(t.numel() for t in trained.values())
+    assert first.memory["gradients and moments"] == 4 * 4 * first.parameters
+    assert first.memory["a batch"] > 0
+
+
+COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
+COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=128", "prompts.batch=2", "threads=1"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of twelve prompts, two of them the same."""
+    file = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    rows = [{"question_id": i, "category": "any", "turns": [chr(65 + max(i, 1)) * 4]} for i in range(12)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return f"data.path={file}"
+
+
+def test_the_command_trains_and_says_what_it_does(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*COMMAND, asked, f"out={tmp_path / 'heads'}"]
+    file = run(load_config(words, "train"), overrides=words)
+    said = capsys.readouterr().out
+    for part in ("1 of them repeated", "target: random-llama", "M parameters", "memory: ", "tokens/s"):
+        assert part in said
+    assert said.index("memory: ") < said.index("accepted by depth") < said.index("top-1")
+    heads = f"proposer=eagle3 proposer.heads={file}"
+    assert f"use it: python -m specdec.run target=random {heads}\n" in said
+    assert not {"heads.state", "heads.best", "heads.latest"} & {f.name for f in file.parent.iterdir()}
+    record = json.loads((file.parent / "train.json").read_text())
+    assert record["config"]["head"]["epochs"] == 2
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert "commit" in record["environment"]["git"]
+    assert [row["step"] for row in record["curve"] if "loss" in row] == list(
+        range(1, len(record["curve"]) - 1)
+    )
+    assert run(load_config(words, "train")) == file
+    assert "is trained already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"head.lr is 0.001 there, 0.5 here: choose another out="):
+        run(load_config([*words, "head.lr=0.5"], "train"))
+
+
+def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -> None:
+    run(load_config([*COMMAND, asked, f"out={tmp_path / 'one'}"], "train"))
+    again = ["target=random", "head=medusa", "head.vocab=64", "head.epochs=1", f"shards={tmp_path / 'one'}"]
+    file = run(load_config([*again, f"out={tmp_path / 'two'}"], "train"))
+    assert sorted(f.name for f in file.parent.iterdir()) == ["heads.safetensors", "train.json"]
+    with pytest.raises(ValueError, match=r"shards=.*leave one of them out"):
+        run(load_config([*again, "data=demo", f"out={tmp_path / 'three'}"], "train"))
+    with pytest.raises(ValueError, match=rf"shards={tmp_path} holds no answers-.*out=FOLDER"):
+        run(load_config([*again[:-1], f"shards={tmp_path}", f"out={tmp_path / 'three'}"], "train"))
+
+
+def test_two_processes_do_what_one_does_with_two_batches_a_step(asked: str, tmp_path: Path) -> None:
+    """The gradients of two ranks are summed as those of two batches are: the same curve, bit for bit."""
+    words = [*COMMAND, asked]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "specdec.train"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, *words, f"out={tmp_path / 'two'}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("memory: ") == 1, "the others are silent"
+    run(load_config([*words, "head.accumulate=2", f"out={tmp_path / 'one'}"], "train"))
+    one, two = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2
+    assert two["curve"] == one["curve"]
+    assert len(one["curve"]) > 4
+    assert weights(tmp_path / "one" / "heads.safetensors") == weights(tmp_path / "two" / "heads.safetensors")

@@ -101,36 +101,6 @@ def test_what_the_draft_has_no_support_for_is_left_out() -> None:
     assert rank_paths(grown(Static(depth=1, paths=((1,), (4,))), support=3)) == {(1,)}
 
 
-def expected_tokens(paths: set[Path], accuracy_KR: list[list[float]]) -> float:
-    return sum(math.prod(accuracy_KR[d][r] for d, r in enumerate(path)) for path in paths)
-
-
-def every_tree(nodes: int, accuracy_KR: list[list[float]]) -> set[frozenset[Path]]:
-    """All connected trees of that many nodes below the root."""
-    trees = {frozenset()}
-    for _ in range(nodes):
-        trees = {
-            tree | {(*parent, rank)}
-            for tree in trees
-            for parent in [(), *tree]
-            if len(parent) < len(accuracy_KR)
-            for rank in range(len(accuracy_KR[len(parent)]))
-            if (*parent, rank) not in tree
-        }
-    return trees
-
-
-@given(st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
-def test_the_best_tree_is_the_best_of_all_trees(accuracy_KR: list[list[float]], nodes: int) -> None:
-    chosen = set(best_paths(accuracy_KR, nodes))
-    rivals = every_tree(len(chosen), accuracy_KR)
-    assert frozenset(chosen) in rivals
-    best = max(expected_tokens(set(tree), accuracy_KR) for tree in rivals)
-    assert expected_tokens(chosen, accuracy_KR) == pytest.approx(best)
-    assert len(chosen) == nodes - 1 or not every_tree(len(chosen) + 1, accuracy_KR)
-
-
 def test_a_static_tree_is_fitted_to_the_draft_unless_its_paths_are_given() -> None:
     accuracy_KR = [[0.9, 0.01], [0.9, 0.01], [0.9, 0.01]]
     assert Static(nodes=4).fitted(accuracy_KR).paths == ((0,), (0, 0), (0, 0, 0))

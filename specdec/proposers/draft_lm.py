@@ -1,7 +1,8 @@
 """A draft language model (Leviathan 2211.17192, Chen 2302.01318): any causal LM with the target's tokenizer.
 
 It keeps a cache of its own, rolled back to the accepted path after every verdict. With `layers` it is the
-target itself, cut after its first layers. Shapes: N nodes, V vocabulary.
+target itself, cut after its first layers; with `heads` a few layers distilled from it (2310.08461),
+between its embedding and its LM head. Shapes: N nodes, V vocabulary, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from ..architecture import decoder_layers
 from ..loading import pretrained
 from ..target import HFTarget
 from ..tree import TokenTree, Verdict
-from ..trees import DraftLaw
+from ..trees import DraftLaw, followed
+from ..zoo import zoo_file
 from .base import Grown, above_zero
+from .draft_head import causal_lm, load, with_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,16 +30,20 @@ if TYPE_CHECKING:
     from ..target import TargetOutput
     from ..trees import TreePolicy
 
+ZOO_DRAFT = "smollm2-135m-draft"
+
 
 @dataclass
 class _Draft:
-    """A step's working tree: a chain of the committed tokens that the draft hasn't cached, then the tree.
+    """What the draft scores in a step: a chain of the committed tokens that it hasn't cached, then the tree.
 
     lag     nodes of that chain
-    scored  nodes whose rows lie in the draft's cache
+    tree    the working tree, as the policy last showed it: the tree that it returns may be pruned
+    scored  nodes of both whose rows lie in the draft's cache
     """
 
     lag: int
+    tree: TokenTree
     scored: int = 0
 
 
@@ -44,7 +51,9 @@ class DraftLM(Grown):
     """Drafts with a smaller model.
 
     path         folder or hub id of the draft; or
-    layers       how many of the target's own first layers draft
+    layers       how many of the target's own first layers draft; or
+    heads        file of layers distilled from the target, or the name of one in the zoo; the zoo's for the
+                 default target where none of the three is given
     temperature  of the draft's laws, where the tree draws from them
     """
 
@@ -55,18 +64,32 @@ class DraftLM(Grown):
         *,
         path: str | None = None,
         layers: int | None = None,
+        heads: str | None = None,
         temperature: float = 1.0,
         dtype: str = "auto",
     ) -> None:
         super().__init__(target, tree)
-        if (path is None) == (layers is None):
+        given = {"path": path, "layers": layers, "heads": heads}
+        if len(chosen := [f"{name}={value}" for name, value in given.items() if value is not None]) > 1:
             raise ValueError(
-                f"proposer=draft_lm got path={path}, layers={layers}: expected one of "
-                "proposer.path=ID_OR_FOLDER and proposer.layers=8 (the target's first layers)"
+                f"proposer=draft_lm got {', '.join(chosen)}: expected one of proposer.path=ID_OR_FOLDER, "
+                "proposer.layers=8 (the target's first layers) and proposer.heads=FILE (distilled layers)"
             )
         self.temperature = above_zero(temperature)
-        model = first_layers(target.model, layers) if path is None else self._load(path, dtype)
+        self.tokens_U: Tensor | None = None
+        if path is not None:
+            model = self._load(path, dtype)
+        elif layers is not None:
+            model = first_layers(target.model, layers)
+        else:
+            model = self._distilled(heads or ZOO_DRAFT)
         self.draft = HFTarget(model, engine=target.engine)
+
+    def _distilled(self, heads: str) -> PreTrainedModel:
+        head, info = load(zoo_file(heads), self.target)
+        self.tokens_U = head.tokens_U.long()
+        self.tree = self.tree.fitted(info.accuracy_KR * self.tree.depth)
+        return causal_lm(head, self.target)
 
     def _load(self, path: str, dtype: str) -> PreTrainedModel:
         loaded = pretrained(path, dtype, str(self.target.device))
@@ -75,8 +98,9 @@ class DraftLM(Grown):
 
     @property
     def assistant(self) -> PreTrainedModel:
-        """The draft model, for the `hf_assisted` baseline."""
-        return self.draft.model
+        """The draft model, for the `hf_assisted` baseline: with `heads`, over the whole vocabulary."""
+        model, whole = self.draft.model, self.target.model.get_output_embeddings()
+        return model if self.tokens_U is None else with_part(model, model.get_output_embeddings(), whole)
 
     def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
         self.draft.reserve(len(seqs), max(len(s.tokens) + s.max_new_tokens for s in seqs))
@@ -85,17 +109,20 @@ class DraftLM(Grown):
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         for seq in seqs:
-            seq.draft = _Draft(len(seq.tokens) - 1 - self.draft.cache.lengths[seq.slot])
+            lag = len(seq.tokens) - 1 - self.draft.cache.lengths[seq.slot]
+            seq.draft = _Draft(lag, TokenTree(seq.tokens[-1:]))
         return super().propose(seqs)
 
     def expand(
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
-        working = [self._working_tree(s, t) for s, t in zip(seqs, trees, strict=True)]
+        for seq, tree, frontier in zip(seqs, trees, frontiers, strict=True):
+            seq.draft.tree = tree if frontier else seq.draft.tree
+        behind = [self._behind_the_lag(seq) for seq in seqs]
         since = min(s.draft.scored for s, frontier in zip(seqs, frontiers, strict=True) if frontier)
         # Complete trees run along with the others, which would otherwise overwrite their rows.
-        out = self.draft.score(seqs, working, since)
-        for seq, tree in zip(seqs, working, strict=True):
+        out = self.draft.score(seqs, behind, since)
+        for seq, tree in zip(seqs, behind, strict=True):
             if seq.draft.scored >= since:
                 seq.draft.scored = len(tree)
         return [
@@ -103,8 +130,8 @@ class DraftLM(Grown):
             for seq, frontier, logits_NV in zip(seqs, frontiers, out.logits_BNV, strict=True)
         ]
 
-    def _working_tree(self, seq: Sequence, tree: TokenTree) -> TokenTree:
-        lag = seq.draft.lag
+    def _behind_the_lag(self, seq: Sequence) -> TokenTree:
+        lag, tree = seq.draft.lag, seq.draft.tree
         working = TokenTree.chain(seq.tokens[len(seq.tokens) - 1 - lag : -1])
         for token, parent in zip(tree.tokens_N, tree.parents_N, strict=True):
             working.add(token, lag + parent)
@@ -117,6 +144,9 @@ class DraftLM(Grown):
 
     def _law(self, logits_V: Tensor) -> DraftLaw:
         """Over the common vocabulary: ids that the target does not know are masked before q is formed."""
+        if self.tokens_U is not None:
+            logq_U = torch.log_softmax(logits_V.float() / self.temperature, dim=-1)
+            return DraftLaw(logq_U, self.target.vocab, self.tokens_U)
         common = min(self.draft.vocab, self.target.vocab)
         logq_V = torch.log_softmax(logits_V[:common].float() / self.temperature, dim=-1)
         tokens_V = None if common == self.target.vocab else torch.arange(common, device=logits_V.device)
@@ -126,9 +156,10 @@ class DraftLM(Grown):
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
         rows = []
-        for seq, verdict in zip(seqs, verdicts, strict=True):
+        for seq, tree, verdict in zip(seqs, trees, verdicts, strict=True):
             lag, scored = seq.draft.lag, seq.draft.scored
-            kept = [*range(lag + 1), *(lag + n for n in verdict.path_A)]
+            accepted = followed(seq.draft.tree, [tree.tokens_N[n] for n in verdict.path_A])
+            kept = [*range(lag + 1), *(lag + n for n in accepted)]
             rows.append([r for r in kept if r < scored])
         self.draft.keep([seq.slot for seq in seqs], rows)
 
@@ -140,22 +171,13 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         raise ValueError(
             f"proposer.layers is {layers}, expected 1 to {len(every)} for this target: proposer.layers=1"
         )
-    cut = _with(model, every, nn.ModuleList(list(every)[:layers]))
+    cut = with_part(model, every, nn.ModuleList(list(every)[:layers]))
     cut.config = copy.deepcopy(model.config)
     text = cut.config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     return cut
-
-
-def _with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """A copy that shares the weights of `module` and has `new` where `old` was."""
-    if module is old:
-        return new
-    twin = copy.copy(module)
-    twin._modules = {name: part and _with(part, old, new) for name, part in module._modules.items()}
-    return twin
 
 
 def check_same_tokenizer(

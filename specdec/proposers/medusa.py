@@ -56,21 +56,31 @@ class MedusaHeads(nn.Module):
     """K residual blocks, h + silu(h W_k + r R_k + b_k), before the target's LM head cut to U tokens.
 
     r is the root's embedding. W, R and b start at zero, so an untrained head repeats the LM head.
+    root  without it there is no R, as in the paper
+    own   with it every head has an LM head of its own, as in the paper
     """
 
-    def __init__(self, heads: int, lm_head_UD: Tensor, tokens_U: Tensor) -> None:
+    def __init__(
+        self, heads: int, lm_head_UD: Tensor, tokens_U: Tensor, *, root: bool = True, own: bool = False
+    ) -> None:
         super().__init__()
         width = lm_head_UD.shape[1]
         self.weight_KDD = nn.Parameter(torch.zeros(heads, width, width))
-        self.root_KDD = nn.Parameter(torch.zeros(heads, width, width))
+        self.root_KDD = nn.Parameter(torch.zeros(heads, width, width)) if root else None
         self.bias_KD = nn.Parameter(torch.zeros(heads, width))
+        self.lm_head_KUD = nn.Parameter(lm_head_UD.repeat(heads, 1, 1)) if own else None
         self.register_buffer("lm_head_UD", lm_head_UD, persistent=False)
         self.register_buffer("tokens_U", tokens_U)
 
     def forward(self, hidden_XD: Tensor, root_XD: Tensor) -> Tensor:
         """Logits [K, X, U] over the draft vocabulary; root_XD as `root_embeddings` gives it."""
-        turned_KXD = hidden_XD @ self.weight_KDD + root_XD @ self.root_KDD + self.bias_KD.unsqueeze(1)
-        return F.linear(hidden_XD + F.silu(turned_KXD), self.lm_head_UD)
+        turned_KXD = hidden_XD @ self.weight_KDD
+        if self.root_KDD is not None:
+            turned_KXD = turned_KXD + root_XD @ self.root_KDD
+        read_KXD = hidden_XD + F.silu(turned_KXD + self.bias_KD.unsqueeze(1))
+        if self.lm_head_KUD is not None:
+            return read_KXD @ self.lm_head_KUD.mT
+        return F.linear(read_KXD, self.lm_head_UD)
 
     def save(self, path: Path, info: MedusaInfo) -> None:
         """Weights in bfloat16 and the draft vocabulary, as safetensors with `info` in its metadata."""
@@ -91,7 +101,7 @@ class MedusaHeads(nn.Module):
             ) from error
         _check(path, info, tensors, target)
         tokens_U = tensors["tokens_U"].long().to(target.device)
-        heads = cls(info.heads, target.lm_head[tokens_U], tokens_U)
+        heads = cls(info.heads, target.lm_head[tokens_U], tokens_U, root="root_KDD" in tensors)
         heads.load_state_dict(tensors | {"tokens_U": tokens_U.cpu()})
         return heads.to(target.device, target.dtype).eval().requires_grad_(False), info
 
@@ -107,7 +117,8 @@ def _check(path: Path, info: MedusaInfo, tensors: dict[str, Tensor], target: HFT
 def _problem(info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> str | None:
     """What is wrong with a file of heads for this target, if anything is."""
     (vocab, width), found = target.lm_head.shape, {name: tuple(t.shape) for name, t in tensors.items()}
-    shapes = dict.fromkeys(("weight_KDD", "root_KDD"), (info.heads, width, width))
+    square = ("weight_KDD", "root_KDD") if "root_KDD" in found else ("weight_KDD",)
+    shapes = dict.fromkeys(square, (info.heads, width, width))
     shapes["bias_KD"] = (info.heads, width)
     shapes["tokens_U"] = found.get("tokens_U", ())[:1]
     if info.fingerprint != target.fingerprint:
@@ -139,7 +150,7 @@ def root_embeddings(target: HFTarget, tokens_X: Tensor) -> Tensor:
 class Medusa(Grown):
     """Drafts with Medusa heads.
 
-    heads        file of heads, or the name of one in the zoo
+    heads        file of heads, or the name of one in the zoo; or a folder or hub id of another project's
     temperature  of the draft's laws, where the tree draws from them
     """
 
@@ -155,8 +166,8 @@ class Medusa(Grown):
     ) -> None:
         super().__init__(target, tree)
         self.temperature = above_zero(temperature)
-        self.heads, self.info = MedusaHeads.load(zoo_file(heads), target)
-        self.tree = tree.fitted(self.info.accuracy_KR)
+        self.heads, self.info, self.reading = _opened(heads, target)
+        self.tree = tree.fitted(self.info.accuracy_KR) if self.info.accuracy_KR else tree
 
     def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
         for seq, taps in zip(seqs, hidden, strict=True):
@@ -196,6 +207,15 @@ class Medusa(Grown):
         for b, (seq, verdict) in enumerate(zip(seqs, verdicts, strict=True)):
             end = verdict.path_A[-1] if verdict.path_A else 0
             seq.draft = _Draft(out.hidden["final"][b, end : end + 1])
+
+
+def _opened(heads: str, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo, str | None]:
+    """Heads, what is known of them, and how a checkpoint of others was understood."""
+    from ..checkpoints import is_checkpoint, open_medusa  # it tries heads in the loop, which knows proposers
+
+    if is_checkpoint(heads):
+        return open_medusa(heads, target)
+    return *MedusaHeads.load(zoo_file(heads), target), None
 
 
 @dataclass

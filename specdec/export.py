@@ -1,0 +1,53 @@
+"""python -m specdec.export heads=FILE to=speculators out=FOLDER: heads in the formats that others serve."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+from ._paths import conf_dir
+from .checkpoints.export import FORMATS, export
+from .config import as_target, check_overrides, expect_known, load_target
+from .run import check_out, errors_in_one_line
+from .zoo import zoo_file
+
+
+def run(cfg: DictConfig) -> Path:
+    """Write the folder, read it back, and return it. ValueError: see `export`, or wrong keys."""
+    expect_known(str(cfg.to), list(FORMATS), f"to={cfg.to}")
+    file, out = _file(cfg.heads), Path(cfg.out)
+    check_out(out)
+    loaded = load_target(cfg)
+    verifier = cfg.verifier or cfg.target.get("path") or loaded.name
+    export(file, cfg.to, as_target(loaded), out, verifier)
+    print(f"{out} holds the heads for {cfg.to}; read back, they are the same, bit for bit")
+    return out
+
+
+def _file(heads: str | None) -> Path:
+    if heads is None:
+        raise ValueError("heads is null, expected a file, or the name of one in the zoo: heads=FILE")
+    try:
+        return zoo_file(str(heads))
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("proposer.")) from error
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="export")
+def _main(cfg: DictConfig) -> None:
+    with errors_in_one_line():
+        run(cfg)
+
+
+def main() -> None:
+    """The entry point."""
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    with errors_in_one_line(), initialize_config_dir(conf_dir(), version_base="1.3"):
+        check_overrides(overrides, "export")
+    _main()
+
+
+if __name__ == "__main__":
+    main()

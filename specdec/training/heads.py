@@ -1,0 +1,112 @@
+"""What recipes have in common whose heads give laws over a draft vocabulary: the losses, and the accuracy.
+
+Shapes: X rows that count, U draft vocabulary, K depths, R ranks.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from ..target import HFTarget
+from .loop import Recipe
+from .texts import TextBatch, Texts
+
+RANKS = 10
+
+
+def forward_kl(teacher_XU: Tensor, logits_XU: Tensor) -> Tensor:
+    """[X]: the cross-entropy, which is the divergence KL(p, q) but for p's own entropy."""
+    return logits_XU.logsumexp(-1) - einsum(teacher_XU, logits_XU, "x u, x u -> x")
+
+
+def total_variation(teacher_XU: Tensor, logits_XU: Tensor) -> Tensor:
+    """[X]: 1 - sum min(p, q), the probability that a drawn token is rejected (2211.17192)."""
+    return 1 - torch.minimum(teacher_XU, logits_XU.softmax(-1)).sum(-1)
+
+
+def lk(teacher_XU: Tensor, logits_XU: Tensor) -> Tensor:
+    """[X]: from the divergence to the total variation as acceptance rises (LK losses, 2602.23881)."""
+    tv_X = total_variation(teacher_XU, logits_XU)
+    share_X = (-3 * (1 - tv_X.detach())).exp()
+    return share_X * forward_kl(teacher_XU, logits_XU) + (1 - share_X) * tv_X
+
+
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": forward_kl,
+    "tv": total_variation,
+    "lk": lk,
+}
+
+
+@dataclass(frozen=True)
+class HeadRecipe(Recipe):
+    """How a head is trained, besides what all recipes say.
+
+    vocab      draft vocabulary: the tokens that the target says most
+    decay      a depth's share of the loss, against the depth before
+    objective  kl: forward divergence; tv: total variation; lk: the one, then the other
+    """
+
+    vocab: int = 8192
+    decay: float = 0.8
+    objective: str = "kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"head.objective is {self.objective!r}, expected {', '.join(OBJECTIVES)}: head.objective=kl"
+            )
+        if self.vocab < 1:
+            raise ValueError(f"head.vocab is {self.vocab}, expected 1 or more: head.vocab=8192")
+
+    @abstractmethod
+    def judged(
+        self, head: nn.Module, target: HFTarget, batch: TextBatch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each depth: logits [X, U], the target's law [X, U], and where its token can be drafted [X]."""
+
+    def loss(self, head: nn.Module, target: HFTarget, batch: TextBatch) -> Tensor:
+        objective, weights, losses = OBJECTIVES[self.objective], [], []
+        for depth, (logits_XU, teacher_XU, drafted_X) in enumerate(self.judged(head, target, batch)):
+            row_X = objective(teacher_XU, logits_XU.float())
+            losses.append((row_X * drafted_X).sum() / drafted_X.sum().clamp(min=1))
+            weights.append(self.decay**depth)
+        return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+
+    @torch.no_grad()
+    def accuracy(self, head: nn.Module, target: HFTarget, texts: Texts) -> list[list[float]]:
+        """[k][r]: how often the rank-r token at depth k + 1 is the target's, all before it being right."""
+        hits_KR, seen_K = torch.zeros(0, RANKS), torch.zeros(0)
+        for batch in texts.batches(target, self.rows, torch.Generator()):
+            hits, seen = zip(*(_hits(*depth) for depth in self.judged(head, target, batch)), strict=True)
+            hits_KR = _sum(hits_KR, torch.stack(hits))
+            seen_K = _sum(seen_K, torch.tensor(seen))
+        return (hits_KR / seen_K.clamp(min=1).unsqueeze(1)).tolist()
+
+
+def _hits(logits_XU: Tensor, teacher_XU: Tensor, drafted_X: Tensor) -> tuple[Tensor, float]:
+    """How often each rank was right, and rows."""
+    top_XR = logits_XU.topk(min(RANKS, logits_XU.shape[1])).indices
+    right_XR = (top_XR == teacher_XU.argmax(-1, keepdim=True)) & drafted_X.unsqueeze(1)
+    hits_R = torch.zeros(RANKS)
+    hits_R[: top_XR.shape[1]] = right_XR.sum(0).cpu()
+    return hits_R, float(len(logits_XU))
+
+
+def _sum(total: Tensor, part: Tensor) -> Tensor:
+    """Their sum; texts that are too short for a depth have no row for it."""
+    longer, shorter = (total, part) if len(total) >= len(part) else (part, total)
+    longer = longer.clone()
+    longer[: len(shorter)] += shorter
+    return longer
+
+
+@torch.no_grad()
+def laws(hidden_XD: Tensor, lm_head_UD: Tensor) -> Tensor:
+    """[X, U]: the target's laws over the draft vocabulary, from what its LM head read."""
+    return (hidden_XD.to(lm_head_UD.dtype) @ lm_head_UD.T).float().softmax(-1)

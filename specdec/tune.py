@@ -1,0 +1,165 @@
+"""python -m specdec.tune data=... proposer=... tree=sequoia [overrides]: the fastest tree on this machine.
+
+It measures how often the draft is right and what a step costs, says which size of the tree should be fastest,
+and checks that on prompts it has not looked at. Take prompts that no run will report.
+"""
+
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import hydra
+import torch
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from ._paths import conf_dir
+from .accept import Greedy, Match
+from .calibrate import Size, growing
+from .config import Plan, check_overrides, load_config, make, prepare
+from .data import Conversation
+from .files import write_text
+from .measure import Experiment, check_lengths, measure
+from .proposers.base import Grown
+from .run import check_out, errors_in_one_line
+from .store import json_text
+from .text import turn_of
+from .trees import BestFirst, Sequoia, TreePolicy
+from .tuning import Tuning, tune
+
+OURS = ("data", "tree", "skip", "prompts", "search", "out", "ui")
+
+
+def run(cfg: DictConfig, overrides: list[str]) -> Path:
+    """Tune, check, report; returns the file of the tree. `overrides`: what was asked for."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    console = Console(quiet=cfg.ui == "none")
+    search, plan = make(cfg.search, cfg.allow), prepare(cfg)
+    check_tunable(plan)
+    calibration, held_back = halves(plan.conversations, cfg.skip, cfg.prompts)
+    e = replace(plan.load(), conversations=calibration + held_back)
+    check_lengths(e)
+    requests = [turn_of(e.target.tokenizer, c, 0, {}, e.settings.chat) for c in calibration]
+    tuning = tune(e, requests, plan.tree, search, lambda line: console.print(f"{line} ...", highlight=False))
+    console.print(table(tuning))
+    console.print(f"checking it on {len(held_back)} other prompts ...", highlight=False)
+    summary = check(e, held_back, tuning.tree)
+    console.print("\n".join(verdict(tuning, summary)), highlight=False)
+    file = write(cfg, tuning, summary)
+    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in OURS]
+    words = ["python", "-m", "specdec.run", "--config-dir", str(cfg.out), *kept, "tree=tuned"]
+    console.print(f"tree: {file}\nuse it: {shlex.join(words)}", highlight=False, soft_wrap=True)
+    return file
+
+
+def check_tunable(plan: Plan) -> None:
+    """ValueError for what has no size to tune, or what the prediction does not hold for."""
+    tree, names = plan.tree, plan.names
+    if not isinstance(tree, Sequoia | BestFirst) or tree.draws:
+        drawn = " that draws" if tree.draws else ""
+        raise ValueError(
+            f"tree={names['tree']}{drawn} is not tuned: tree=sequoia, tree=eagle2 or tree=best_first"
+        )
+    if not issubclass(plan.make_proposer.func, Grown):
+        raise ValueError(
+            f"proposer={names['proposer']} leaves no tree to a policy: proposer=medusa, or ngram, draft_lm"
+        )
+    if not isinstance(plan.accept, Match | Greedy):
+        raise ValueError(f"accept={names['accept']} is not predicted: accept=match or accept=greedy")
+    if plan.settings.batch_size != 1:
+        raise ValueError(f"batch_size is {plan.settings.batch_size}, tuning takes one sequence: batch_size=1")
+
+
+def halves(
+    conversations: list[Conversation], skip: int, prompts: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """First turns to measure with, and as many to check with, of all kinds alike."""
+    chosen = [replace(c, turns=c.turns[:1]) for c in conversations[skip : skip + prompts]]
+    if skip < 0 or len(chosen) < 2:
+        raise ValueError(
+            f"skip={skip} and prompts={prompts} leave {len(chosen)} of {len(conversations)} conversations, "
+            "expected 2 or more: skip=0 prompts=16"
+        )
+    return chosen[::2], chosen[1::2]
+
+
+def check(e: Experiment, conversations: list[Conversation], tree: TreePolicy) -> dict:
+    """The summary of a short run with this tree, against plain decoding."""
+    settings = replace(e.settings, baseline=("none",))
+    with growing(e.proposer, tree):
+        return measure(replace(e, conversations=conversations, settings=settings))[0]
+
+
+def table(tuning: Tuning) -> Table:
+    """The best depth for every number of nodes; the fastest is marked."""
+    shown = Table("nodes", "depth", "tokens\n/step", "ms\n/step", "speedup", "", title="predicted")
+    best: dict[int, Size] = {}
+    for size in tuning.sizes:
+        best.setdefault(size.nodes, size)
+    for size in sorted(best.values(), key=lambda size: size.nodes):
+        numbers = f"{size.tokens:.2f}", f"{1e3 * size.seconds:.1f}", f"{tuning.speedup(size):.2f}x"
+        mark = "fastest" if size is tuning.sizes[0] else ""
+        shown.add_row(str(size.nodes), str(size.depth), *numbers, mark)
+    return shown
+
+
+def verdict(tuning: Tuning, summary: dict) -> list[str]:
+    """What was predicted of the fastest tree, and what came out on other prompts."""
+    measured, fastest = summary["tokens_per_step"], tuning.sizes[0]
+    lines = [f"tokens per step: measured {measured:.2f}"]
+    for model, tokens in tuning.tokens.items():
+        lines.append(f"  predicted, {model}: {tokens:.2f} ({tokens / measured - 1:+.0%})")
+    ratio, predicted = summary["speedup"]["none"]["decode"]["mean"], tuning.speedup(fastest)
+    lines.append(f"decode speedup: predicted {predicted:.2f}x, measured {_times(ratio)}")
+    if predicted <= 1:
+        lines.append("plain decoding is faster here than any tree that was tried: proposer=none")
+    return lines
+
+
+def _times(ratio: float | None) -> str:
+    return "n/a" if ratio is None else f"{ratio:.2f}x"
+
+
+def write(cfg: DictConfig, tuning: Tuning, summary: dict) -> Path:
+    """OUT/tree/tuned.yaml, a choice of the group `tree`, and OUT/tuning.json with everything measured."""
+    file = Path(cfg.out) / "tree" / "tuned.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    node = {key: getattr(tuning.tree, key, value) for key, value in cfg.tree.items()}
+    write_text(yaml.safe_dump(node, sort_keys=False, default_flow_style=None), file)
+    measured = {
+        "plain_seconds": tuning.plain,
+        "verify_seconds": tuning.verify,
+        "draft_seconds": tuning.draft,
+        "acceptance": tuning.acceptance and asdict(tuning.acceptance),
+        "sizes": [asdict(size) for size in tuning.sizes],
+        "tokens_per_step": tuning.tokens,
+        "check": summary,
+    }
+    write_text(json_text(measured, indent=1) + "\n", Path(cfg.out) / "tuning.json")
+    return file
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="tune")
+def _main(cfg: DictConfig) -> None:
+    with errors_in_one_line():
+        run(cfg, list(HydraConfig.get().overrides.task))
+
+
+def main() -> None:
+    """The entry point."""
+    overrides = [word for word in sys.argv[1:] if not word.startswith("-") and "=" in word]
+    with errors_in_one_line(), initialize_config_dir(conf_dir(), version_base="1.3"):
+        check_overrides(overrides, "tune")
+    with errors_in_one_line():
+        check_out(Path(load_config(overrides, "tune").out))
+    _main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Which size of a tree is fastest, from what its drafts are worth and what its steps cost.
+
+Shapes: K depths, R ranks among siblings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .calibrate import (
+    Acceptance,
+    Size,
+    draft_seconds,
+    loop_tokens_per_step,
+    ranks_along,
+    replayed,
+    sizes,
+    verify_seconds,
+)
+from .measure import Experiment
+from .text import Request
+from .trees import BestFirst, Paths, Sequoia, TreePolicy, best_paths, expected_length
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried; names as in conf/tune.yaml."""
+
+    nodes: list[int]
+    depths: list[int]
+    branches: int = 8
+    rounds: int = 12
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 2), ("depths", 1)):
+            values = getattr(self, name)
+            if not values or any(type(value) is not int or value < least for value in values):
+                raise ValueError(
+                    f"search.{name} is {values}, expected counts from {least} on: search.{name}=[{least},4]"
+                )
+        for name in ("branches", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"search.{name} is {getattr(self, name)}, expected 1 or more: search.{name}=8"
+                )
+
+
+class StaticSizes:
+    """Sizes of a static tree: one pass over the calibration answers tells what each of them would emit."""
+
+    def __init__(self, e: Experiment, requests: list[Request], tree: Sequoia, search: Search) -> None:
+        self.tree, deepest = tree, max(search.depths)
+        self.ranks = ranks_along(e, requests, deepest, search.branches)
+        self.acceptance = Acceptance.of(self.ranks, deepest, search.branches)
+        self.rates_KR = [[round(rate, 4) for rate in rates_R] for rates_R in self.acceptance.rates_KR]
+
+    def sized(self, nodes: int, depth: int) -> Sequoia:
+        return replace(self.tree, nodes=nodes, depth=depth, acceptance=self.rates_KR[:depth])
+
+    def tokens(self, nodes: int, depth: int) -> float:
+        return replayed(self._paths(nodes, depth), self.ranks)
+
+    def models(self, size: Size) -> dict[str, float]:
+        """Tokens per step by what says so: the answers replayed, and two formulas."""
+        paths = self._paths(size.nodes, size.depth)
+        return {
+            "replay": size.tokens,
+            "depth and branch": expected_length(paths, self.rates_KR),
+            "branch alone (i.i.d.)": expected_length(paths, self.acceptance.pooled_KR),
+        }
+
+    def _paths(self, nodes: int, depth: int) -> Paths:
+        return best_paths(self.rates_KR[:depth], nodes)
+
+
+class DynamicSizes:
+    """Sizes of a dynamic tree: each of them runs on the calibration prompts."""
+
+    acceptance = None
+
+    def __init__(self, e: Experiment, requests: list[Request], tree: BestFirst) -> None:
+        self.e, self.requests, self.tree = e, requests, tree
+
+    def sized(self, nodes: int, depth: int) -> BestFirst:
+        return replace(self.tree, nodes=nodes, depth=depth)
+
+    def tokens(self, nodes: int, depth: int) -> float:
+        return loop_tokens_per_step(self.e, self.requests, self.sized(nodes, depth))
+
+    def models(self, size: Size) -> dict[str, float]:
+        """Tokens per step on the calibration prompts."""
+        return {"calibration": size.tokens}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found.
+
+    plain          seconds of a step of plain decoding
+    verify, draft  seconds by nodes and by depth
+    acceptance     what a static tree was made for; a dynamic one has none
+    sizes          fastest first
+    tree           the policy of the fastest
+    tokens         its tokens per step, by what says so
+    """
+
+    plain: float
+    verify: dict[int, float]
+    draft: dict[int, float]
+    acceptance: Acceptance | None
+    sizes: list[Size]
+    tree: TreePolicy
+    tokens: dict[str, float]
+
+    def speedup(self, size: Size) -> float:
+        """Over plain decoding, as predicted."""
+        return self.plain / size.seconds_per_token
+
+
+def tune(
+    e: Experiment, requests: list[Request], tree: TreePolicy, search: Search, say: Callable[[str], None]
+) -> Tuning:
+    """Find the fastest size of `tree` for an experiment's target and proposer; `say` hears what is next."""
+    say(f"timing steps of 1 to {max(search.nodes)} nodes")
+    verify = verify_seconds(e, requests, [1, *search.nodes], search.rounds)
+    if isinstance(tree, Sequoia):
+        say(f"following the draft through {len(requests)} answers")
+        kind = StaticSizes(e, requests, tree, search)
+    else:
+        kind = DynamicSizes(e, requests, tree)
+    say(f"timing drafts of {', '.join(map(str, search.depths))} levels")
+    largest = [kind.sized(max(search.nodes), depth) for depth in search.depths]
+    draft = draft_seconds(e, requests, largest, search.rounds)
+    say(f"trying {len(search.nodes)} sizes at {len(search.depths)} depths")
+    plain = verify.pop(1)
+    found = sizes(verify, draft, kind.tokens)
+    fastest = found[0]
+    chosen, tokens = kind.sized(fastest.nodes, fastest.depth), kind.models(fastest)
+    return Tuning(plain, verify, draft, kind.acceptance, found, chosen, tokens)

@@ -1,0 +1,299 @@
+"""A draft distilled from the target: its file, its laws in the loop and in training, and that it learns."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from models import CYCLE, PROMPTS, VOCAB, cyclic, plain, requests, run, tiny, tokens_per_step
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.decode import Sequence
+from specdec.loading import fingerprint, random_model
+from specdec.proposers.draft_head import KIND, DraftHead, DraftInfo, load, save
+from specdec.proposers.draft_lm import DraftLM
+from specdec.shards import Shard
+from specdec.target import HFTarget
+from specdec.training.draft_lm import DraftLMRecipe
+from specdec.training.heldout import acceptance
+from specdec.training.loop import train
+from specdec.training.texts import Texts
+from specdec.trees import Chain, Sampled, Static, TopK, TreePolicy
+
+EVERY = list(range(VOCAB))
+HALF = EVERY[::2]
+ACCURACY = [[0.5, 0.2, 0.1]]
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 64}
+ARCHITECTURES = {"llama": {}, "gpt2": {}, "gemma3_text": {}, "mistral": {"sliding_window": 8}, "opt": OPT}
+
+
+def in_16_bits(model: PreTrainedModel) -> HFTarget:
+    """A target in float32 whose weights a file in bfloat16 holds exactly."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    return HFTarget(model, name="exact", fingerprint=fingerprint(model))
+
+
+@cache
+def exact(architecture: str = "llama") -> HFTarget:
+    sizes = {"vocab_size": VOCAB} | ARCHITECTURES[architecture]
+    return in_16_bits(random_model(architecture, sizes, device="cpu").model)
+
+
+@cache
+def deep() -> HFTarget:
+    """Of five layers."""
+    return in_16_bits(random_model(config={"vocab_size": VOCAB, "num_hidden_layers": 5}, device="cpu").model)
+
+
+def untrained(target: HFTarget, source: tuple[int, ...] = (0, 1), tokens: list[int] = EVERY) -> DraftHead:
+    return DraftHead(target, source).drafting(target, torch.tensor(tokens))
+
+
+def saved(head: DraftHead, target: HFTarget, source: tuple[int, ...], folder: Path) -> str:
+    path = folder / "draft.safetensors"
+    save(path, head, DraftInfo(source, target.name, target.fingerprint, ACCURACY))
+    return str(path)
+
+
+def text_logits(head: DraftHead, target: HFTarget, text: list[int]) -> Tensor:
+    """[T, U] of a whole text at once, as training computes them."""
+    with torch.inference_mode():
+        embedded_1TD = target.model.get_input_embeddings()(torch.tensor([text]))
+        return head.lm_head(head(embedded_1TD.to(head.lm_head.weight.dtype)))[0]
+
+
+def test_a_draft_survives_a_file(tmp_path: Path) -> None:
+    head = untrained(deep(), (0, 4), HALF)
+    loaded, info = load(Path(saved(head, deep(), (0, 4), tmp_path)), deep())
+    assert info == DraftInfo((0, 4), deep().name, deep().fingerprint, ACCURACY)
+    assert loaded.tokens_U.tolist() == HALF
+    assert all(torch.equal(tensor, loaded.stored()[name]) for name, tensor in head.stored().items())
+    assert "layers.1.self_attn.q_proj.weight" in head.stored()
+    assert not any("embed" in name or "lm_head" in name for name in head.stored())
+    assert torch.equal(text_logits(loaded, deep(), [3, 1, 4]), text_logits(head, deep(), [3, 1, 4]))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_all_layers_of_the_target_are_a_perfect_draft(kind: str, tmp_path: Path) -> None:
+    target, names = exact(kind), set(exact(kind).model.state_dict())
+    path = saved(untrained(target), target, (0, 1), tmp_path)
+    proposer, seqs = DraftLM(target, Chain(depth=3), heads=path), requests([[5, 6, 7]], 12)
+    assert tokens_per_step(run(proposer, seqs)) == 4
+    assert [s.new_tokens for s in seqs] == plain(target, requests([[5, 6, 7]], 12))
+    assert set(target.model.state_dict()) == names
+    assert len(target.layers) == 2
+    shared = {p.data_ptr() for p in target.model.get_input_embeddings().parameters()}
+    assert shared < {p.data_ptr() for p in proposer.draft.model.parameters()}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_law_in_the_loop_is_that_of_training(kind: str, tmp_path: Path) -> None:
+    """Of layers in another order, one of them twice: each must cache where it stands."""
+    target, source, seen = exact(kind), (1, 0, 1), []
+    head = untrained(target, source, HALF)
+    proposer = DraftLM(target, TopK(widths=(2, 2)), heads=saved(head, target, source, tmp_path))
+    expand = proposer.expand
+
+    def checking(seqs: list[Sequence], trees: list, frontiers: list) -> list:
+        laws = expand(seqs, trees, frontiers)
+        for seq, tree, frontier, laws_of in zip(seqs, trees, frontiers, laws, strict=True):
+            for node, law in zip(frontier, laws_of, strict=True):
+                path = [tree.tokens_N[n] for n in range(1, node + 1) if tree.ancestors_NN[node, n]]
+                want_U = text_logits(head, target, seq.tokens + path)[-1].log_softmax(-1)
+                torch.testing.assert_close(law.logq_K, want_U, atol=1e-5, rtol=1e-5)
+                assert law.tokens_K.tolist() == head.tokens_U.tolist()
+                seen.append(node)
+        return laws
+
+    proposer.expand = checking
+    run(proposer, requests(PROMPTS, [12, 6, 9, 12]))
+    assert len(seen) > 50
+
+
+@pytest.mark.parametrize(
+    "tree", [Chain(depth=4), TopK(widths=(3, 2, 1)), Static(nodes=6), Sampled(widths=(2, 2))], ids=str
+)
+def test_the_text_is_that_of_plain_decoding(tree: TreePolicy, tmp_path: Path) -> None:
+    path = saved(untrained(deep(), (0, 4), HALF), deep(), (0, 4), tmp_path)
+    seqs = requests(PROMPTS, [24, 5, 1, 17])
+    run(DraftLM(deep(), tree, heads=path), seqs)
+    assert [s.new_tokens for s in seqs] == plain(deep(), requests(PROMPTS, [24, 5, 1, 17]))
+
+
+def test_a_static_tree_is_fitted_at_every_depth(tmp_path: Path) -> None:
+    path = saved(untrained(tiny()), tiny(), (0, 1), tmp_path)
+    tree = Static(nodes=8, depth=6)
+    assert DraftLM(tiny(), tree, heads=path).tree == tree.fitted(ACCURACY * 6) != tree
+
+
+def test_the_assistant_of_transformers_has_the_whole_vocabulary(tmp_path: Path) -> None:
+    path, ids = saved(untrained(exact(), tokens=HALF), exact(), (0, 1), tmp_path), torch.tensor([[5, 6, 7]])
+    assistant = DraftLM(exact(), Chain(), heads=path).assistant
+    assistant.set_attn_implementation("sdpa")
+    want = random_model(config={"vocab_size": VOCAB}, device="cpu").model
+    in_16_bits(want).model.set_attn_implementation("sdpa")
+    got_1TV = assistant(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got_1TV, want(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_draft_in_16_bits_keeps_exact_rotary_frequencies(tmp_path: Path) -> None:
+    head, theirs = untrained(deep(), (0, 4)).to(torch.bfloat16), deep().model.model.rotary_emb.inv_freq
+    assert torch.equal(head.decoder.rotary_emb.inv_freq, theirs)
+    assert theirs.dtype == torch.float32
+    path = saved(head, deep(), (0, 4), tmp_path)
+    proposer = DraftLM(deep().cast(torch.bfloat16), Chain(depth=3), heads=path)
+    assert {p.dtype for p in (*head.parameters(), *proposer.draft.model.parameters())} == {torch.bfloat16}
+    assert tokens_per_step(run(proposer, requests([[5, 6, 7]], 12))) >= 1
+
+
+RECIPE = DraftLMRecipe(layers=2, epochs=4, rows=256, lr=0.01, held_out=1)
+
+
+@dataclass(frozen=True)
+class Disturbed(DraftLMRecipe):
+    """Starts far from what it should be: `cyclic`'s own layers would leave nothing to learn."""
+
+    def fresh(self, target: HFTarget, texts: Texts) -> DraftHead:
+        head = super().fresh(target, texts)
+        for weight in head.decoder.parameters():
+            weight.data.add_(0.1 * torch.randn_like(weight))
+        return head
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What `cyclic` says to prompts of three tokens, without features."""
+    folder = tmp_path_factory.mktemp("answers")
+    prompts = torch.randint(VOCAB, (4, 16, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    for i, group in enumerate(prompts):
+        texts_SX = torch.tensor([cycled(prompt, 20) for prompt in group], dtype=torch.int32)
+        shard = Shard(texts_SX.flatten(), torch.full((16,), 23), torch.full((16,), 3))
+        shard.save(folder / f"answers-{i}.safetensors")
+    return sorted(folder.iterdir())
+
+
+def cycled(prompt: list[int], tokens: int) -> list[int]:
+    text = list(prompt)
+    while len(text) < len(prompt) + tokens:
+        text.append(CYCLE[text[-1]])
+    return text
+
+
+@pytest.mark.parametrize("objective", ["kl", "tv", "lk"])
+def test_it_learns_what_the_target_says(objective: str, shards: list[Path], tmp_path: Path) -> None:
+    recipe, path = Disturbed(**vars(RECIPE) | {"objective": objective}), tmp_path / "draft.safetensors"
+    held_out = Texts.load([shards[2]], recipe.taps(cyclic()))  # what `train` keeps, of four shards
+    torch.manual_seed(0)
+    recipe.save(recipe.fresh(cyclic(), held_out), cyclic(), held_out, path)
+    before = acceptance(cyclic(), recipe.proposer(cyclic(), path), held_out).tokens_per_step
+    losses = [row["loss"] for row in train(cyclic(), shards, recipe, path) if "loss" in row]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert acceptance(cyclic(), recipe.proposer(cyclic(), path), held_out).tokens_per_step > before + 0.4
+    head, info = load(path, cyclic())
+    assert info.source == (0, 1)
+    assert info.accuracy_KR == [pytest.approx(recipe.accuracy(head, cyclic(), held_out)[0], abs=0.02)]
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    """Two answers of `deep`, one of them shorter."""
+    prompts = [[3, 1, 4], [1, 5, 9]]
+    answers = plain(deep(), requests(prompts, [6, 20]))
+    joined = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return Texts(joined, [3, 3], [], ("final",))
+
+
+def test_only_the_layers_and_the_norm_are_trained(texts: Texts) -> None:
+    before = {name: weight.clone() for name, weight in deep().model.state_dict().items()}
+    head = RECIPE.fresh(deep(), texts)
+    RECIPE.loss(head, deep(), texts.batch(deep(), [0, 1])).backward()
+    trained = {name for name, weight in head.named_parameters() if weight.grad is not None}
+    assert trained == {f"decoder.{name}" for name in head.stored() if name != "tokens_U"}
+    assert all(torch.equal(weight, before[name]) for name, weight in deep().model.state_dict().items())
+
+
+def test_a_loss_reads_the_laws_of_both_at_the_tokens_said(texts: Texts) -> None:
+    head = RECIPE.fresh(deep(), texts)
+    ((logits_XU, teacher_XU, drafted_X),) = RECIPE.judged(head, deep(), texts.batch(deep(), [0, 1]))
+    alone = [text_logits(head, deep(), text[:-1].tolist())[2:] for text in texts.tokens]
+    torch.testing.assert_close(logits_XU, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    model = random_model(config={"vocab_size": VOCAB, "num_hidden_layers": 5}, device="cpu").model
+    said = [model(text[None, :-1], use_cache=False).logits[0, 2:] for text in texts.tokens]
+    want_XU = torch.cat(said)[:, head.tokens_U.long()].softmax(-1)
+    torch.testing.assert_close(teacher_XU, want_XU, atol=0.03, rtol=0)  # features are kept in 16 bits
+    assert drafted_X.all()
+
+
+@pytest.mark.parametrize(("layers", "source"), [(1, (4,)), (2, (0, 4)), (5, (0, 1, 2, 3, 4))])
+def test_the_first_layers_and_the_last_are_where_it_starts(layers: int, source: tuple[int, ...]) -> None:
+    assert replace(RECIPE, layers=layers)._source(deep()) == source
+
+
+def broken(change: Callable[[dict[str, Tensor]], object] = len, **said: object) -> Callable[[Path], None]:
+    """Rewrite a file with some of its tensors, or of what it says of itself, changed."""
+
+    def rewrite(path: Path) -> None:
+        tensors, info = load_file(path), DraftInfo((0, 1), tiny().name, tiny().fingerprint, ACCURACY)
+        change(tensors)
+        save_file(tensors, path, metadata={KIND: json.dumps(asdict(info) | said)})
+
+    return rewrite
+
+
+NORM = "norm.weight"
+DAMAGE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is no file of draft_lm heads"),
+    "no head": (lambda path: save_file({"x": torch.zeros(1)}, path), "is no file of draft_lm heads"),
+    "other target": (broken(fingerprint="0123", source=[29]), "was trained for .*fingerprint 0123"),
+    "more said": (broken(colour="red"), "does not say which layers it holds .*colour"),
+    "no such layer": (broken(source=[0, 2]), r"head.source is \[0, 2\], expected .* 0 to 1"),
+    "fewer layers": (broken(source=[0]), "other tensors than expected: layers.1"),
+    "NaN": (broken(lambda t: t[NORM][1].fill_(torch.nan)), "weights that are not finite"),
+    "other width": (broken(lambda t: t.update({NORM: torch.zeros(7)})), r"norm.weight \(7,\), not"),
+    "missing": (broken(lambda t: t.pop(NORM)), "norm.weight None, not"),
+    "no vocabulary": (broken(lambda t: t.pop("tokens_U")), "tokens_U None, not"),
+    "unsorted": (broken(lambda t: t["tokens_U"].copy_(t["tokens_U"].flip(0))), "vocabulary that is not"),
+    "unknown token": (broken(lambda t: t["tokens_U"].add_(1)), "vocabulary that is not"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_and_foreign_drafts_are_refused(damage: Callable, message: str, tmp_path: Path) -> None:
+    path = saved(untrained(tiny()), tiny(), (0, 1), tmp_path)
+    DraftLM(tiny(), Chain(), heads=path)
+    damage(Path(path))
+    with pytest.raises(ValueError, match=message):
+        DraftLM(tiny(), Chain(), heads=path)
+
+
+@pytest.mark.parametrize(
+    "two", [{"path": "a", "heads": "b"}, {"layers": 1, "heads": "b"}, {"path": "a", "layers": 1}], ids=str
+)
+def test_one_kind_of_draft_at_a_time(two: dict) -> None:
+    with pytest.raises(ValueError, match=r"one of proposer.path=.*proposer.layers=.*proposer.heads="):
+        DraftLM(tiny(), Chain(), **two)
+
+
+def test_the_zoo_is_asked_where_nothing_is_given() -> None:
+    with pytest.raises(ValueError, match="smollm2-135m-draft"):
+        DraftLM(tiny(), Chain())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"layers": 0}, r"head.layers is 0.*head.layers=2"),
+        ({"layers": 6}, r"head.layers is 6, this target has 5: head.layers=5"),
+        ({"source": (0, 5)}, r"head.source is \[0, 5\].*head.source=\[0,4\]"),
+        ({"source": ()}, r"head.source is \[\]"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong: dict, message: str, texts: Texts) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, **wrong).fresh(deep(), texts)

@@ -1,0 +1,233 @@
+"""Exported heads: read back bit for bit, and run as the projects they are for would run them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import IDS, TAPS, VOCAB, WIDTH, config, random_state, shifting
+from models import tiny, untrained_heads
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdec import export as entry
+from specdec.checkpoints import export as exporting
+from specdec.checkpoints.eagle3 import read_eagle3
+from specdec.checkpoints.export import FORMATS, export
+from specdec.checkpoints.medusa import read_medusa
+from specdec.config import load_config
+from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Info, load
+from specdec.proposers.headfile import write_head
+from specdec.proposers.medusa import MedusaHeads, MedusaInfo
+from specdec.training.eagle3 import unroll
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "3": {},
+    "3.1": {"fc_norm": True, "post_norm": True},
+    "normed residual": {"norm_before_residual": True},
+    "the target's LM head": {"shared_head": True},
+    "the whole vocabulary": {"draft_vocab": VOCAB},
+    "scaled positions": {"rope_parameters": LLAMA3},
+    "five layers": {"taps": (0, 1, 2, 4, 7)},
+}
+
+
+def native(path: Path, c: Eagle3Config) -> Path:
+    """A file of this project's with a random head for `shifting`."""
+    info = Eagle3Info(c, shifting().name, shifting().fingerprint, [[0.5]] * 4)
+    write_head(path, "eagle3", vars(info) | {"config": vars(c)}, random_state(c))
+    return path
+
+
+def exported(c: Eagle3Config, to: str, folder: Path, verifier: str = "someone/target") -> Path:
+    folder.mkdir(exist_ok=True)
+    export(native(folder / "head.safetensors", c), to, shifting(), folder / "out", verifier)
+    return folder / "out"
+
+
+def said(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("to", ["speculators", "sglang"])
+def test_what_is_exported_reads_back_as_it_was(to: str, variant: str, tmp_path: Path) -> None:
+    c = config(**VARIANTS[variant])
+    if to == "sglang" and variant in ("normed residual", "five layers"):
+        with pytest.raises(ValueError, match=r"to=sglang: .*expected false and 3, .*: to=speculators"):
+            exported(c, to, tmp_path)
+        return
+    reading = read_eagle3(str(exported(c, to, tmp_path)), shifting())[0]
+    state = random_state(c)
+    assert reading.config == c
+    assert reading.state.keys() == state.keys()
+    assert all(torch.equal(reading.state[name], t) for name, t in state.items())
+
+
+def test_sglang_gets_the_names_ids_and_offsets_that_it_reads(tmp_path: Path) -> None:
+    """Its loader takes `midlayer`, adds one to each layer id, and the row to each d2t."""
+    folder, state = exported(config(), "sglang", tmp_path), random_state(config())
+    tensors, plain = load_file(folder / "model.safetensors"), said(folder)
+    assert plain["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert tuple(i + 1 for i in plain["eagle_config"][IDS]) == TAPS
+    assert (plain["draft_vocab_size"], plain["vocab_size"], plain["tie_word_embeddings"]) == (
+        28,
+        VOCAB,
+        False,
+    )
+    assert torch.equal(tensors["d2t"] + torch.arange(28), state["tokens_U"].long())
+    assert tensors["t2d"].nonzero().flatten().tolist() == state["tokens_U"].tolist()
+    top = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
+    assert all(name.startswith("midlayer.") for name in tensors.keys() - top)
+    for name in state.keys() - {"tokens_U"}:
+        assert torch.equal(tensors[name if name in top else f"midlayer.{name}"], state[name])
+
+
+def test_a_borrowed_lm_head_is_written_out(tmp_path: Path) -> None:
+    c = config(shared_head=True)
+    folder, rows_UD = exported(c, "sglang", tmp_path), shifting().lm_head[random_state(c)["tokens_U"].long()]
+    assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], rows_UD)
+
+
+@pytest.fixture(scope="module")
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The target's own checkpoint, from which speculators takes what a head leaves out."""
+    folder = tmp_path_factory.mktemp("verifier")
+    shifting().model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_speculators_loads_and_runs_it_as_we_do(variant: str, verifier: str, tmp_path: Path) -> None:
+    """Every law of three unrolls, from its own model and its own loading of head and target."""
+    models = pytest.importorskip("speculators.models.eagle3", reason="needs the package speculators")
+    c = config(**VARIANTS[variant])
+    folder = exported(c, "speculators", tmp_path, verifier)
+    theirs_config = models.Eagle3SpeculatorConfig.from_pretrained(folder)
+    theirs_config.transformer_layer_config._attn_implementation = "eager"
+    theirs = models.Eagle3DraftModel.from_pretrained(folder, config=theirs_config).float()
+    assert theirs.target_layer_ids == list(c.taps)
+    got: list[Tensor] = []
+    theirs.lm_head.register_forward_hook(lambda module, args, out: got.append(out[0].detach()))
+    draw = torch.Generator().manual_seed(1)
+    tokens_T, taps_CTD = torch.arange(3, 19) % VOCAB, torch.randn(len(c.taps), 16, WIDTH, generator=draw)
+    taps_1TC = torch.cat(list(taps_CTD[:, :-1]), dim=-1).unsqueeze(0)
+    theirs(taps_1TC, tokens_T[1:].unsqueeze(0), torch.zeros(1, 15, dtype=torch.long), ttt_steps=3)
+    head, _ = load(tmp_path / "head.safetensors", shifting())
+    for i, out_1TD in enumerate(unroll(head, tokens_T.unsqueeze(0), head.fuse(taps_CTD.unsqueeze(1)), 3)):
+        rows = 15 - i
+        torch.testing.assert_close(got[i][:rows], head.logits(out_1TD)[0, :rows], atol=1e-3, rtol=1e-3)
+
+
+def medusa_file(path: Path, tokens: list[int], root: bool = False) -> Path:
+    heads = untrained_heads(tiny(), tokens)
+    info = MedusaInfo(len(heads.bias_KD), WIDTH, tiny().name, tiny().fingerprint, [[0.5]] * 5)
+    heads.save(path, info)
+    if not root:
+        tensors = {name: t for name, t in load_file(path).items() if name != "root_KDD"}
+        save_file(tensors, path, metadata={"medusa": json.dumps(vars(info))})
+    return path
+
+
+@pytest.mark.parametrize("tokens", [[3, 30, 11, 4], list(range(VOCAB))])
+def test_vllm_s_medusa_runs_as_our_heads_do(tokens: list[int], tmp_path: Path) -> None:
+    """As its model does it: a block with a residual, one LM head for all, its rows put where the map says."""
+    file = medusa_file(tmp_path / "heads.safetensors", sorted(tokens))
+    export(file, "vllm-medusa", tiny(), tmp_path / "out", "someone/target")
+    w, plain = load_file(tmp_path / "out" / "model.safetensors"), said(tmp_path / "out")
+    assert plain["original_lm_head"]
+    assert plain["medusa_fc_bias"]
+    assert (
+        ("token_map" in w) == (plain["truncated_vocab_size"] < plain["vocab_size"]) == (len(tokens) < VOCAB)
+    )
+    heads, _ = MedusaHeads.load(file, tiny())
+    hidden_XD = torch.randn(5, WIDTH)
+    for k, ours_XU in enumerate(heads(hidden_XD, hidden_XD)):
+        block, bias = (w[f"blocks.{k}.layers.0.{part}"].float() for part in ("weight", "bias"))
+        turned_XD = torch.nn.functional.linear(hidden_XD, block, bias)
+        logits_XU = (hidden_XD + torch.nn.functional.silu(turned_XD)) @ w["lm_heads.0.weight"].T
+        logits_XV = torch.full((5, VOCAB), -torch.inf)
+        logits_XV[:, w.get("token_map", torch.arange(VOCAB))] = logits_XU
+        torch.testing.assert_close(logits_XV[:, heads.tokens_U], ours_XU, atol=1e-4, rtol=1e-4)
+        assert logits_XV.isfinite().sum() == 5 * len(tokens)
+    assert plain["num_heads"] == len(heads.bias_KD) == k + 1
+
+
+def test_unsorted_medusa_heads_are_written_with_their_own_order(tmp_path: Path) -> None:
+    file = medusa_file(tmp_path / "heads.safetensors", [3, 30, 11, 4])
+    export(file, "vllm-medusa", tiny(), tmp_path / "out", "someone/target")
+    assert read_medusa(str(tmp_path / "out"), tiny()).state["tokens_U"].tolist() == [3, 4, 11, 30]
+
+
+def test_heads_that_read_the_root_have_no_place_in_vllm(tmp_path: Path) -> None:
+    file = medusa_file(tmp_path / "heads.safetensors", [3, 4], root=True)
+    with pytest.raises(ValueError, match=r"to=vllm-medusa: the heads read the root's embedding .*heads=FILE"):
+        export(file, "vllm-medusa", tiny(), tmp_path / "out", "someone/target")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_reads_back_otherwise_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeded bugs: layers one off, and offsets that are ids."""
+    kind, write, read = FORMATS["speculators"]
+
+    def one_off(*args: Any) -> exporting.Written:
+        plain, tensors = write(*args)
+        return plain | {IDS: [i - 1 for i in plain[IDS]]}, tensors
+
+    def another_row(*args: Any) -> exporting.Written:
+        plain, tensors = write(*args)
+        return plain, tensors | {"lm_head.weight": tensors["lm_head.weight"].roll(1, 0)}
+
+    for i, bug in enumerate((one_off, another_row)):
+        monkeypatch.setitem(FORMATS, "speculators", (kind, bug, read))
+        with pytest.raises(RuntimeError, match="reads as speculators"):
+            exported(config(), "speculators", tmp_path / str(i))
+
+
+def test_a_folder_in_use_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
+    folder = exported(config(), "sglang", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"out=.*out is not empty, expected a new folder: .* another out=DIR"
+    ):
+        export(tmp_path / "head.safetensors", "speculators", shifting(), folder, "")
+    with pytest.raises(ValueError, match="is no file of Medusa heads"):
+        export(tmp_path / "head.safetensors", "vllm-medusa", shifting(), tmp_path / "new", "")
+
+
+def test_the_command_writes_a_folder_that_names_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(entry, "load_target", lambda cfg: OmegaConf.create({"name": "shifting"}))
+    monkeypatch.setattr(entry, "as_target", lambda loaded: shifting())
+    file = native(tmp_path / "head.safetensors", config())
+    words = [f"heads={file}", f"out={tmp_path / 'out'}", "target=random"]
+    entry.run(load_config(words, "export"))
+    assert said(tmp_path / "out")["speculators_config"]["verifier"]["name_or_path"] == "shifting"
+    assert "the same, bit for bit" in capsys.readouterr().out
+    entry.run(load_config([*words, "to=sglang", f"out={tmp_path / 'other'}", "verifier=a/b"], "export"))
+    assert said(tmp_path / "other")["architectures"] == ["LlamaForCausalLMEagle3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("out=new", "heads is null, expected a file, or the name of one in the zoo: heads=FILE"),
+        ("heads=nobody", "^specdec: heads=nobody: no such file, nor one of the zoo's"),
+        ("heads=nobody to=vllm", "to=vllm is unknown; the nearest is 'vllm-medusa'"),
+        ("verifiers=nobody", "override verifiers is unknown; the nearest is 'verifier'"),
+    ],
+)
+def test_the_command_answers_in_one_line(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export", "target=random", *words.split()])
+    with pytest.raises(SystemExit, match=message):
+        entry.main()
