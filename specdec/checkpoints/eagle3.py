@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..packed import packed_head, packed_layers
 from ..proposers.base import Grown
 from ..proposers.eagle3 import Eagle3
 from ..proposers.eagle3_head import KIND, Eagle3Config, Eagle3Head, ready
@@ -60,10 +59,8 @@ class Eagle3InMemory(Eagle3):
 
     def __init__(self, target: HFTarget, tree: TreePolicy, head: Eagle3Head) -> None:
         Grown.__init__(self, target, tree)
-        self.temperature, self.head = 1.0, head
-        self.needs_hidden = head.config.taps
-        self.cache = type(target.cache)(1, 1, 0)
-        self._packed = packed_layers(head) | packed_head(head.lm_head)
+        self.temperature = 1.0
+        self._take(head)
 
 
 def _native(name: str) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..proposers.base import Proposer
     from ..target import HFTarget
 
-DEPTH, TOKENS = 3, 48
+DEPTH, TOKENS = 3, 96
 ERRORS = 3.0  # standard errors that tell two readings apart, or a head from chance
 QUESTIONS = (
     "Explain to a child why the moon seems to follow a moving car.",
@@ -38,6 +38,8 @@ QUESTIONS = (
     "A tram leaves every 12 minutes from 6:05. Which is the first after 7 o'clock? Show each step.",
     "Describe a rainy harbour at night in a few sentences.",
     "List the steps for repotting a cactus without getting hurt.",
+    "Why do old windows look wavy? Answer in a short paragraph.",
+    "Write a polite message to a neighbour whose dog digs up my tulips.",
 )
 
 
@@ -78,7 +80,8 @@ class Told(TreePolicy):
 def judge(law: DraftLaw, token: int, depth: int) -> Judged:
     """How a law does on what was said."""
     logq_X = law.logq_K[token : token + 1] if law.tokens_K is None else law.logq_K[law.tokens_K == token]
-    return Judged(depth, law.top(1)[0][0] == token, float(logq_X[0]) if len(logq_X) else -math.inf)
+    first = [top for top, _ in law.top(1)] == [token]
+    return Judged(depth, first, float(logq_X[0]) if len(logq_X) else -math.inf)
 
 
 @dataclass(frozen=True)

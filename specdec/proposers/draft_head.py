@@ -6,7 +6,6 @@ Shapes: S texts, T tokens, D width, U draft vocabulary, K depths, R ranks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -19,7 +19,7 @@ from ..tree import TokenTree, TreeBatch, Verdict
 from ..trees import DraftLaw
 from ..zoo import zoo_file
 from .base import Grown, above_zero
-from .eagle3_head import load
+from .eagle3_head import Eagle3Head, Eagle3Info, load
 
 if TYPE_CHECKING:
     from ..decode import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Eagle3(Grown):
     """Drafts with an EAGLE-3 head.
 
-    heads        file of a head, or the name of one in the zoo
+    heads        file of a head, the name of one in the zoo, or a folder or hub id of another project's
     temperature  of the draft's laws, where the tree draws from them
 
     Its cache holds rows of true hidden states only: what was drafted is forgotten, and the accepted path is
@@ -47,11 +47,15 @@ class Eagle3(Grown):
     ) -> None:
         super().__init__(target, tree)
         self.temperature = above_zero(temperature)
-        self.head, self.info = load(zoo_file(heads), target)
-        self.tree = tree.fitted(self.info.accuracy_KR)
-        self.needs_hidden = self.head.config.taps
-        self.cache = type(target.cache)(1, 1, 0)
-        self._packed = packed_layers(self.head) | packed_head(self.head.lm_head)
+        head, self.info, self.reading = _opened(heads, target)
+        self.tree = tree.fitted(self.info.accuracy_KR) if self.info.accuracy_KR else tree
+        self._take(head)
+
+    def _take(self, head: Eagle3Head) -> None:
+        """Draft with this head."""
+        self.head, self.needs_hidden = head, head.config.taps
+        self.cache = type(self.target.cache)(1, 1, 0)
+        self._packed = packed_layers(head) | packed_head(head.lm_head)
 
     @torch.inference_mode()
     def start(self, seqs: list[Sequence], hidden: list[dict[Tap, Tensor]]) -> None:
@@ -158,6 +162,15 @@ class Eagle3(Grown):
             logits_XU = self.head.logits(rows_XD).float() / self.temperature
         tokens_U = self.head.tokens_U.long()
         return [DraftLaw(logq_U, self.target.vocab, tokens_U) for logq_U in logits_XU.log_softmax(-1)]
+
+
+def _opened(heads: str, target: HFTarget) -> tuple[Eagle3Head, Eagle3Info, str | None]:
+    """A head, what is known of it, and how a checkpoint of others was understood."""
+    from ..checkpoints import is_checkpoint, open_eagle3  # it tries heads in the loop, which knows proposers
+
+    if is_checkpoint(heads):
+        return open_eagle3(heads, target)
+    return *load(zoo_file(heads), target), None
 
 
 @dataclass

@@ -1,0 +1,79 @@
+"""python -m specdec.train: what it says and writes, on given answers, and in two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from answers import weights
+
+from specdec.config import load_config
+from specdec.train import run
+
+COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
+COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=128", "prompts.batch=2", "threads=1"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of twelve prompts, two of them the same."""
+    file = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    rows = [{"question_id": i, "category": "any", "turns": [chr(65 + max(i, 1)) * 4]} for i in range(12)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return f"data.path={file}"
+
+
+def test_the_command_trains_and_says_what_it_does(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*COMMAND, asked, f"out={tmp_path / 'heads'}"]
+    file = run(load_config(words, "train"), overrides=words)
+    said = capsys.readouterr().out
+    for part in ("1 of them repeated", "target: random-llama", "M parameters", "memory: ", "tokens/s"):
+        assert part in said
+    assert said.index("memory: ") < said.index("accepted by depth") < said.index("top-1")
+    heads = f"proposer=eagle3 proposer.heads={file}"
+    assert f"use it: python -m specdec.run target=random {heads}\n" in said
+    assert not {"heads.state", "heads.best", "heads.latest"} & {f.name for f in file.parent.iterdir()}
+    record = json.loads((file.parent / "train.json").read_text())
+    assert record["config"]["head"]["epochs"] == 2
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert "commit" in record["environment"]["git"]
+    assert [row["step"] for row in record["curve"] if "loss" in row] == list(
+        range(1, len(record["curve"]) - 1)
+    )
+    assert run(load_config(words, "train")) == file
+    assert "is trained already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"head.lr is 0.001 there, 0.5 here: choose another out="):
+        run(load_config([*words, "head.lr=0.5"], "train"))
+
+
+def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -> None:
+    run(load_config([*COMMAND, asked, f"out={tmp_path / 'one'}"], "train"))
+    again = ["target=random", "head=medusa", "head.vocab=64", "head.epochs=1", f"shards={tmp_path / 'one'}"]
+    file = run(load_config([*again, f"out={tmp_path / 'two'}"], "train"))
+    assert sorted(f.name for f in file.parent.iterdir()) == ["heads.safetensors", "train.json"]
+    with pytest.raises(ValueError, match=r"shards=.*leave one of them out"):
+        run(load_config([*again, "data=demo", f"out={tmp_path / 'three'}"], "train"))
+    with pytest.raises(ValueError, match=rf"shards={tmp_path} holds no answers-.*out=FOLDER"):
+        run(load_config([*again[:-1], f"shards={tmp_path}", f"out={tmp_path / 'three'}"], "train"))
+
+
+def test_two_processes_do_what_one_does_with_two_batches_a_step(asked: str, tmp_path: Path) -> None:
+    """The gradients of two ranks are summed as those of two batches are: the same curve, bit for bit."""
+    words = [*COMMAND, asked]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "specdec.train"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, *words, f"out={tmp_path / 'two'}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("memory: ") == 1, "the others are silent"
+    run(load_config([*words, "head.accumulate=2", f"out={tmp_path / 'one'}"], "train"))
+    one, two = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2
+    assert two["curve"] == one["curve"]
+    assert len(one["curve"]) > 4
+    assert weights(tmp_path / "one" / "heads.safetensors") == weights(tmp_path / "two" / "heads.safetensors")
