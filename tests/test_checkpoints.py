@@ -24,7 +24,7 @@ from foreign import (
     speculators,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
-from models import cyclic
+from models import cyclic, requests, run, tokens_per_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,9 +35,10 @@ from specdec.checkpoints.files import Reading
 from specdec.checkpoints.selftest import Judged, Told, Trial, fit, questions
 from specdec.config import as_target
 from specdec.loading import random_model
+from specdec.proposers.eagle3 import Eagle3
 from specdec.proposers.ngram import NGram
 from specdec.rng import Philox, Stream
-from specdec.trees import DraftLaw
+from specdec.trees import Chain, DraftLaw, Static
 
 VARIANTS = {
     "3": {},
@@ -210,6 +211,16 @@ def test_the_self_test_finds_the_reading_that_the_head_was_trained_with(case: st
     assert head.config == info.config == c
     assert words in found.partition(";")[0]
     assert (info.fingerprint, info.accuracy_KR) == (shifting().fingerprint, [])
+
+
+@pytest.mark.usefixtures("two_questions")
+def test_a_folder_drafts_as_the_head_in_it_does(tmp_path: Path) -> None:
+    """A chain of four is right whenever what stands before the root is what the target said."""
+    c = config(draft_vocab=VOCAB)
+    proposer = Eagle3(shifting(), Chain(depth=4), heads=official(tmp_path, c, right_state(c)))
+    assert proposer.reading.startswith("official, layers [2, 4, 5]")
+    assert tokens_per_step(run(proposer, requests([[2, 7], [30, 3, 8]], 20))) == 5
+    assert Eagle3(shifting(), Static(nodes=6), heads=str(tmp_path)).tree == Static(nodes=6)
 
 
 @pytest.mark.usefixtures("two_questions")

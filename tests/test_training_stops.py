@@ -94,7 +94,7 @@ def test_a_training_killed_again_and_again_ends_as_if_it_were_not(
             ended = train(target, bare, EAGLE, killed, report=kills(1))
         except Killed:
             deaths += 1
-    assert deaths == REPORTS - 2, "two reports a life, the second of which is lost but for a measurement"
+    assert deaths == REPORTS - 1, "of two reports a life, the second is lost"
     assert ended == curve
     assert weights(killed) == weights(once)
 
