@@ -115,7 +115,7 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
     """Token ids of the chat template up to the first user message, and its first words."""
     if not tokenizer.chat_template:
         raise ValueError(
-            "the target has no chat template to write prompts from; expected written=0 and data="
+            "the target has no chat template to write prompts from: prompts.written=0, and prompts with data="
         )
     text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
     return tokenizer.encode(text.partition(MARK)[0] + words, add_special_tokens=False)

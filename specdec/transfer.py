@@ -11,12 +11,9 @@ def to_device(numbers: list, device: torch.device | str) -> Tensor:
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with its weights in `dtype`, in place.
-
-    Buffers keep theirs: rotary frequencies in 16 bits turn late positions by other angles.
-    """
-    precise = dict(module.named_buffers())
+    """The module in `dtype`, in place, but for rotary frequencies: in 16 bits they are other angles."""
+    precise = {name: buffer for name, buffer in module.named_buffers() if "inv_freq" in name}
     module.to(dtype)
     for name, buffer in module.named_buffers():
-        buffer.data = precise[name]
+        buffer.data = precise.get(name, buffer)
     return module

@@ -23,6 +23,7 @@ from specdec.training.draft_lm import DraftLMRecipe
 from specdec.training.heldout import acceptance
 from specdec.training.loop import train
 from specdec.training.texts import Texts
+from specdec.transfer import in_dtype
 from specdec.trees import Chain, Sampled, Static, TopK, TreePolicy
 
 EVERY = list(range(VOCAB))
@@ -143,7 +144,8 @@ def test_the_assistant_of_transformers_has_the_whole_vocabulary(tmp_path: Path) 
 
 
 def test_a_draft_in_16_bits_keeps_exact_rotary_frequencies(tmp_path: Path) -> None:
-    head, theirs = untrained(deep(), (0, 4)).to(torch.bfloat16), deep().model.model.rotary_emb.inv_freq
+    head = in_dtype(untrained(deep(), (0, 4)), torch.bfloat16)
+    theirs = deep().model.model.rotary_emb.inv_freq
     assert torch.equal(head.decoder.rotary_emb.inv_freq, theirs)
     assert theirs.dtype == torch.float32
     path = saved(head, deep(), (0, 4), tmp_path)

@@ -73,9 +73,13 @@ SUMMARY = summarise(
 def offline(folder: Path, summary: dict, records: list[RequestRecord], **options: object) -> dict:
     """What `wandb leet` finds in the only run below the folder."""
     Wandb(mode="offline", **options).log(CONFIG, summary, records, str(folder))
+    return json.loads(inspected(folder, "--summary"))
+
+
+def inspected(folder: Path, *options: str) -> str:
     [log] = folder.glob("wandb/offline-run-*/*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(log)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def media(folder: Path, name: str) -> dict:
@@ -154,6 +158,21 @@ def test_an_offline_run_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("env")
+def test_a_training_reads_back_step_by_step(tmp_path: Path) -> None:
+    measured = {"step": 2, "tokens_per_step": 1.5, "acceptance_by_depth": [0.5, 0.25]}
+    curve = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, measured, {"step": 3, "loss": 2.0}]
+    Wandb(mode="offline").log_training(CONFIG, curve, str(tmp_path))
+    found = [json.loads(line) for line in inspected(tmp_path).splitlines()]
+    history = [each["history"]["item"] for each in found if each["type"] == "history"]
+    assert [{key: value for key, value in row.items() if key[0] != "_"} for row in history] == [
+        {"loss": 3.0},
+        {"loss": 2.5, "tokens_per_step": 1.5, "acceptance_by_depth.1": 0.5, "acceptance_by_depth.2": 0.25},
+        {"loss": 2.0},
+    ]
+    assert [row["_step"] for row in history] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("env")
 def test_a_sweep_keeps_its_parameters_and_the_whole_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +207,9 @@ def test_numbers_that_are_not_known_are_absent() -> None:
 @pytest.mark.usefixtures("env")
 def test_disabled_leaves_nothing(tmp_path: Path) -> None:
     Wandb(mode="disabled").log(CONFIG, SUMMARY, METHOD, str(tmp_path))
+    Wandb(mode="disabled").log_training(CONFIG, [{"step": 1, "loss": 3.0}], str(tmp_path))
     Silent().log(CONFIG, SUMMARY, METHOD, str(tmp_path))
+    Silent().log_training(CONFIG, [{"step": 1, "loss": 3.0}], str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

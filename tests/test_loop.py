@@ -318,14 +318,17 @@ def test_the_library_runs_without_hydra_wandb_and_gguf(tmp_path: Path) -> None:
         for name in ("hydra", "omegaconf", "wandb", "gguf"):
             sys.modules[name] = None
         import specdec_kernels
-        from specdec import onpolicy, training
+        from specdec import onpolicy
         from specdec.accept import Match
         from specdec.decode import Sequence, decode
         from specdec.loading import random_model
-        from specdec.proposers import draft_lm, medusa, ngram, none
+        from specdec.proposers import draft_lm, ngram, none
         from specdec.rng import Philox
         from specdec.sampling import Sampling
         from specdec.target import HFTarget
+        from specdec.training.eagle3 import Eagle3Recipe
+        from specdec.training.loop import train
+        from specdec.training.medusa import MedusaRecipe
         from specdec.trees import Chain
 
         out = Path(sys.argv[1])
@@ -333,13 +336,15 @@ def test_the_library_runs_without_hydra_wandb_and_gguf(tmp_path: Path) -> None:
         target = HFTarget(loaded.model, name="tiny", fingerprint=loaded.fingerprint)
         prompts = [[n, 2, 3] for n in range(4)]
         shards = onpolicy.write_answers(target, prompts, out, stop_ids=(), longest=6, batch=2)
-        recipe = training.MedusaRecipe(heads=2, vocab=16, epochs=1, held_out=1)
-        training.train(target, shards, recipe, out / "heads.safetensors")
+        recipes = MedusaRecipe(vocab=16, epochs=1), Eagle3Recipe(vocab=16, epochs=1)
+        files = [out / f"{recipe.kind}.safetensors" for recipe in recipes]
+        for recipe, file in zip(recipes, files):
+            train(target, shards, recipe, file)
         proposers = [
             none.NoDraft(target, Chain()),
             ngram.NGram(target, Chain()),
             draft_lm.DraftLM(target, Chain(), layers=1),
-            medusa.Medusa(target, Chain(), heads=str(out / "heads.safetensors")),
+            *(recipe.proposer(target, file) for recipe, file in zip(recipes, files)),
         ]
         for proposer in proposers:
             seqs = [Sequence(0, [1, 2, 3, 1, 2], 8, Philox())]
@@ -349,5 +354,5 @@ def test_the_library_runs_without_hydra_wandb_and_gguf(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    none, *others = done.stdout.splitlines()[-4:]
-    assert others == [none] * 3
+    none, *others = done.stdout.splitlines()[-5:]
+    assert others == [none] * 4

@@ -10,8 +10,9 @@ import pytest
 import torch
 from answers import weights
 
+from specdec import train
 from specdec.config import load_config
-from specdec.train import run
+from specdec.train import keep_freed_memory, run
 
 COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
 COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=128", "prompts.batch=2", "threads=1"]
@@ -77,3 +78,17 @@ def test_two_processes_do_what_one_does_with_two_batches_a_step(asked: str, tmp_
     assert two["curve"] == one["curve"]
     assert len(one["curve"]) > 4
     assert weights(tmp_path / "one" / "heads.safetensors") == weights(tmp_path / "two" / "heads.safetensors")
+
+
+def test_only_glibc_is_asked_to_keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_freed_memory()
+    asked, glibc = [], type("Glibc", (), {"mallopt": lambda self, *option: asked.append(option)})
+    monkeypatch.setattr(train.sys, "platform", "linux")
+    for library, options in ((glibc, [(-3, 2**30), (-1, 2**30)]), (object, [])):
+        monkeypatch.setattr(train.ctypes, "CDLL", lambda _, library=library: library())
+        keep_freed_memory()
+        assert asked == options
+        asked.clear()
+    monkeypatch.setattr(train.ctypes, "CDLL", None)
+    monkeypatch.setattr(train.sys, "platform", "darwin")
+    keep_freed_memory()

@@ -20,10 +20,15 @@ from .texts import TextBatch, Texts
 
 @dataclass(frozen=True)
 class MedusaRecipe(HeadRecipe):
-    """How heads are trained, besides what all recipes say. heads: each looks one token further."""
+    """How heads are trained, besides what all recipes say.
+
+    heads  how many; each looks one token further
+    root   they read the root's embedding too; false: Medusa-1 as published, which other engines can load
+    """
 
     lr: float = 2e-3
     heads: int = 3
+    root: bool = True
 
     kind: ClassVar[str] = "medusa"
 
@@ -37,7 +42,8 @@ class MedusaRecipe(HeadRecipe):
 
     def fresh(self, target: HFTarget, texts: Texts) -> MedusaHeads:
         tokens_U = texts.most_said(target.vocab, self.vocab).to(target.device)
-        return MedusaHeads(self.heads, target.lm_head[tokens_U].float(), tokens_U).to(target.device)
+        lm_head_UD = target.lm_head[tokens_U].float()
+        return MedusaHeads(self.heads, lm_head_UD, tokens_U, root=self.root).to(target.device)
 
     def judged(
         self, head: MedusaHeads, target: HFTarget, batch: TextBatch
