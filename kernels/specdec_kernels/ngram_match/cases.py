@@ -18,6 +18,7 @@ def make_text(
     vocab: int,
     max_n: int,
     prefer: str,
+    matches: int,
 ) -> dict[str, Any]:
     """Random texts that say things again; behind each stands what would be a longer match."""
     gen = torch.Generator(device).manual_seed(seed)
@@ -25,7 +26,8 @@ def make_text(
     for tokens_L, length in zip(tokens_BL, lengths_B, strict=True):
         tokens_L[length:] = tokens_L[max(length - 1, 0)]
     length_B = torch.tensor(lengths_B, device=device)
-    return {"tokens_BL": tokens_BL, "length_B": length_B, "max_n": max_n, "prefer": prefer}
+    how = {"max_n": max_n, "prefer": prefer, "matches": matches}
+    return {"tokens_BL": tokens_BL, "length_B": length_B} | how
 
 
 def _case(
@@ -35,9 +37,11 @@ def _case(
     vocab: int,
     max_n: int = 3,
     prefer: str = "recent",
+    matches: int = 1,
     toy: bool = False,
 ) -> Case:
-    inputs = partial(make_text, lengths_B=lengths_B, rows=rows, vocab=vocab, max_n=max_n, prefer=prefer)
+    text = {"lengths_B": lengths_B, "rows": rows, "vocab": vocab}
+    inputs = partial(make_text, **text, max_n=max_n, prefer=prefer, matches=matches)
     return Case(name, "ngram_match", inputs, bytes=8 * sum(lengths_B), toy=toy)
 
 
@@ -45,7 +49,9 @@ CASES = [
     _case("ragged, 5 words", [60, 1, 0, 33, 2], 60, 5, toy=True),
     _case("first of 3 words", [60, 40], 64, 3, max_n=5, prefer="first", toy=True),
     _case("nothing again", [9], 20, 10**9, toy=True),
+    _case("8 matches", [40, 6, 60], 64, 4, matches=8, toy=True),
     _case("4k", [4000], 4096, 32000),
+    _case("4k, 8 matches", [4000], 4096, 32000, matches=8),
     _case("32k, 8 sequences", [32000 - 999 * b for b in range(8)], 32768, 32000),
     _case("128k", [131072], 131072, 32000),
 ]

@@ -1,4 +1,7 @@
-"""Prompt lookup in one launch: a program walks through a sequence and remembers the best end per lane."""
+"""Prompt lookup in one launch: a program walks through a sequence and remembers the best end per lane.
+
+It walks once for each of the M occurrences wanted, which are few.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +9,7 @@ from torch import Tensor
 
 from ..listing import Compiled
 
-BLOCK_L = 4096
+BLOCK_L = 1024
 WARPS = 8
 
 
@@ -17,6 +20,7 @@ def ngram_match_kernel(
     start,
     matched,
     stride,
+    M,
     MIN_N: tl.constexpr,
     MAX_N: tl.constexpr,
     FIRST: tl.constexpr,
@@ -26,44 +30,51 @@ def ngram_match_kernel(
     b = tl.program_id(0).to(tl.int64)
     row = tokens + b * stride
     last = tl.load(length + b).to(tl.int32) - 1
-    best_L = tl.full([BLOCK_L], 0, tl.int64)
-    for tile in range(0, last, BLOCK_L):
-        l_L = tile + tl.arange(0, BLOCK_L)
-        agrees_L = l_L < last
-        run_L = tl.full([BLOCK_L], 0, tl.int64)
-        for n in tl.static_range(MAX_N):
-            agrees_L = agrees_L & (l_L >= n)
-            suffix = tl.load(row + tl.maximum(last - n, 0))
-            agrees_L = agrees_L & (tl.load(row + l_L - n, mask=agrees_L, other=0) == suffix)
-            run_L += agrees_L.to(tl.int64)
-        order_L = 0x7FFFFFFF - l_L if FIRST else l_L
-        best_L = tl.maximum(best_L, (run_L << 32) | order_L.to(tl.int64))
-    best = tl.max(best_L, 0)
-    run, order = best >> 32, best & 0x7FFFFFFF
-    end = 0x7FFFFFFF - order if FIRST else order
-    tl.store(start + b, tl.where(run >= MIN_N, end + 1, -1))
-    tl.store(matched + b, tl.where(run >= MIN_N, run, 0))
+    best = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    longest = tl.full([], MIN_N, tl.int64)
+    for m in range(M):
+        best_L = tl.full([BLOCK_L], 0, tl.int64)
+        for tile in range(0, last, BLOCK_L):
+            l_L = tile + tl.arange(0, BLOCK_L)
+            agrees_L = l_L < last
+            run_L = tl.full([BLOCK_L], 0, tl.int32)
+            for n in tl.static_range(MAX_N):
+                agrees_L = agrees_L & (l_L >= n)
+                suffix = tl.load(row + tl.maximum(last - n, 0))
+                agrees_L = agrees_L & (tl.load(row + l_L - n, mask=agrees_L, other=0) == suffix)
+                run_L += agrees_L.to(tl.int32)
+            order_L = 0x7FFFFFFF - l_L if FIRST else l_L
+            end_L = (run_L.to(tl.int64) << 32) | order_L.to(tl.int64)
+            best_L = tl.maximum(best_L, tl.where(end_L < best, end_L, 0))  # those before are taken
+        best = tl.max(best_L, 0)
+        run, order = best >> 32, best & 0x7FFFFFFF
+        longest = tl.maximum(longest, run)
+        end = 0x7FFFFFFF - order if FIRST else order
+        tl.store(start + b * M + m, tl.where(run == longest, end + 1, -1))
+        if m == 0:
+            tl.store(matched + b, tl.where(run == longest, run, 0))
 
 
 def ngram_match(
-    tokens_BL: Tensor, length_B: Tensor, *, max_n: int, min_n: int, prefer: str
+    tokens_BL: Tensor, length_B: Tensor, *, max_n: int, min_n: int, prefer: str, matches: int
 ) -> tuple[Tensor, Tensor]:
     """See the dispatcher."""
     tokens_BL = tokens_BL if tokens_BL.stride(1) == 1 else tokens_BL.contiguous()
-    start_B, n_B = tokens_BL.new_empty(2, len(tokens_BL))
+    start_BM, n_B = tokens_BL.new_empty(len(tokens_BL), matches), tokens_BL.new_empty(len(tokens_BL))
     ngram_match_kernel[(len(tokens_BL),)](
         tokens_BL,
         length_B.contiguous(),
-        start_B,
+        start_BM,
         n_B,
         tokens_BL.stride(0),
+        matches,
         MIN_N=min_n,
         MAX_N=max_n,
         FIRST=prefer == "first",
         BLOCK_L=BLOCK_L,
         num_warps=WARPS,
     )
-    return start_B, n_B
+    return start_BM, n_B
 
 
 def _compiled(max_n: int, first: bool) -> Compiled:
