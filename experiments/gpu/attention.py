@@ -24,6 +24,7 @@ from .timing import Call, input_sets, rotated, sizes
 OPERATION = "tree_attention"
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 ALIGNED = 16  # columns: SDPA copies a bias whose rows don't begin at such multiples
+LAST_BLOCK = "triton, last-block merge"
 Inputs = dict[str, Any]
 
 
@@ -98,6 +99,13 @@ class Problem:
 
 def kernel(problem: Problem) -> list[Call]:
     return [partial(tree_attention, **inputs, impl="triton") for inputs in problem.sets]
+
+
+def last_block(problem: Problem) -> list[Call]:
+    """The same kernel where the last program of each tile merges the splits, in one launch."""
+    from specdec_kernels.tree_attention import triton  # not every system has it
+
+    return [partial(triton.tree_attention, **inputs, merge="last") for inputs in problem.sets]
 
 
 def sdpa_transformers(problem: Problem) -> list[Call]:
@@ -185,12 +193,14 @@ def flashinfer(problem: Problem) -> list[Call]:
 
 PROVIDERS: dict[str, Callable[[Problem], list[Call]]] = {
     "triton": kernel,
+    LAST_BLOCK: last_block,
     "sdpa, transformers": sdpa_transformers,
     "sdpa, packed": sdpa_packed,
     "flex": flex,
     "flashinfer": flashinfer,
 }
-QUICK = ("triton", "sdpa, transformers", "sdpa, packed")  # these don't compile for seconds a shape
+OURS = ("triton", LAST_BLOCK)
+QUICK = (*OURS, "sdpa, transformers", "sdpa, packed")  # these don't compile for seconds a shape
 SLOW = ("flex", "flashinfer")
 
 
@@ -206,3 +216,20 @@ def measure(
             problem.check(calls[0]())
             work = {"moved": problem.kv_bytes, "flops": case.flops}
             record.timed(OPERATION, case.name, name, rotated(calls), **work, note=sizes(case, len(calls)))
+
+
+def check_last_block(record: Record, case: Case, runs: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Right for two inputs, and the same bits whenever these alternate: what one leaves in memory is wrong
+    for the other."""
+    name = "check last block"
+    with record.attempt(name, case.name, LAST_BLOCK):
+        sets = [case.inputs(device, dtype, seed) for seed in (0, 1)]
+        calls = last_block(Problem(case, sets))
+        first = [call() for call in calls]
+        error = max(relative_error(got, specification(s)) for got, s in zip(first, sets, strict=True))
+        differing = torch.zeros((), dtype=torch.long, device=device)
+        for run in range(runs):
+            differing += (calls[run % 2]() != first[run % 2]).any()
+        right = error <= TOLERANCES[dtype] and not differing
+        said = f"differs by {error:.1e}; {int(differing)} of {runs} runs differ"
+        record.add("passed" if right else "failed", name, case.name, LAST_BLOCK, said)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.listing import OPERATIONS, Case, cases
+from specdec_kernels.tree_attention.cases import Shape
 
 CALLS = [
     pytest.param(operation, case, id=f"{operation}-{case.name}")
@@ -38,6 +39,13 @@ def call(operation: str, case: Case, impl: str) -> Any:
     return getattr(import_module(f"specdec_kernels.{operation}"), case.call)(**on_meta(inputs), impl=impl)
 
 
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched from now on, which don't run."""
+    jit, launched = pytest.importorskip("triton").runtime.jit, []
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, **__: launched.append(self.__name__))
+    return launched
+
+
 @pytest.mark.parametrize(("operation", "case"), CALLS)
 def test_the_specification_reads_nothing_back(operation: str, case: Case) -> None:
     call(operation, case, "naive")
@@ -45,11 +53,21 @@ def test_the_specification_reads_nothing_back(operation: str, case: Case) -> Non
 
 @pytest.mark.parametrize(("operation", "case"), CALLS)
 def test_a_launch_reads_nothing_back(operation: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    jit = pytest.importorskip("triton").runtime.jit
-    launched: list[str] = []
-    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, **__: launched.append(self.__name__))
+    launched = launches(monkeypatch)
     call(operation, case, "triton")
     assert len(launched) == LAUNCHES.get(case.call, len(launched) or 1), launched
+
+
+@pytest.mark.parametrize(
+    ("merge", "kernels"), [("kernel", ["split_kernel", "merge_kernel"]), ("last", ["split_kernel"])]
+)
+def test_splits_merge_in_one_launch_or_two(
+    merge: str, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = launches(monkeypatch)
+    inputs = Shape(1, 4, 64, 1, (4096,)).inputs(torch.device("cpu"), torch.float16, 0)
+    import_module("specdec_kernels.tree_attention.triton").tree_attention(**on_meta(inputs), merge=merge)
+    assert launched == kernels
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from specdec_kernels import TreeMask
 from specdec_kernels.tree_attention import config, naive, tree_attention
 from specdec_kernels.tree_attention import triton as kernels
 from specdec_kernels.tree_attention.cases import CASES
+from specdec_kernels.tree_attention.counts import counts
 
 FP8 = torch.float8_e4m3fn
 
@@ -40,6 +41,7 @@ class Fuzz:
     rows: int = 16
     columns: int = 16
     splits: int = 1
+    merge: str = "kernel"
 
     @property
     def C(self) -> int:
@@ -138,7 +140,7 @@ def run(f: Fuzz, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **optio
     monkeypatch.setattr(kernels, "plan", lambda *_: (tile, f.splits))
     monkeypatch.setattr(kernels, "merge_rows", lambda *_: 16)
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
-    out = tree_attention(**given, impl="triton", **options)
+    out = kernels.tree_attention(**given, merge=f.merge, **options)
     monkeypatch.undo()
     return out
 
@@ -152,6 +154,7 @@ def check(
     plain = naive.tree_attention(**finite(given)).double()
     got, lse = run(f, given | {"tree": breaks(given["tree"])}, monkeypatch, return_lse=True)
     assert got.dtype == f.dtype
+    assert not counts(1, got.device).any()
     floor = 2e-6 if f.dtype == torch.float32 else 2e-4
     limit = 2 * torch.linalg.norm(plain - want) + floor * torch.linalg.norm(want)
     assert torch.linalg.norm(got.double() - want) <= limit
@@ -198,11 +201,17 @@ LONG = [
 
 
 def fuzz_id(f: Fuzz) -> str:
-    return f"{f.seed}-{str(f.dtype)[6:]}-T{f.T}-P{f.P}-D{f.D}-S{f.splits}-w{f.window}"
+    return f"{f.seed}-{str(f.dtype)[6:]}-T{f.T}-P{f.P}-D{f.D}-S{f.splits}-w{f.window}-{f.merge}"
+
+
+def both_merges(f: Fuzz) -> list[Fuzz]:
+    return [replace(f, merge=merge) for merge in config.MERGES] if f.splits > 1 else [f]
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("f", [*map(fuzz, range(60)), *LONG], ids=fuzz_id)
+@pytest.mark.parametrize(
+    "f", [g for f in (*map(fuzz, range(60)), *LONG) for g in both_merges(f)], ids=fuzz_id
+)
 def test_the_kernels_are_the_reference(f: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
     check(f, monkeypatch)
 
@@ -358,11 +367,12 @@ def test_a_mask_needs_words_or_ancestors() -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    def splits(B: int, T: int, L: int) -> int:
+    def splits(B: int, T: int, L: int, merge: str = "kernel") -> int:
         tile = config.tile(T * 4, 128, torch.bfloat16)
-        return config.splits(tile, B, 32, 8, T, L, 128, 2, 132)
+        return config.splits(tile, B, 32, 8, T, L, 128, 2, 132, merge)
 
     assert splits(1, 1, 256) == 1
     assert splits(1, 1, 32768) >= 16
     assert splits(1, 64, 8192) <= splits(1, 1, 8192)
     assert splits(33, 1, 8192) == 1
+    assert splits(1, 16, 8192, "last") < splits(1, 16, 8192)  # one multiprocessor reads them all

@@ -12,7 +12,9 @@ from torch import Tensor
 
 # An H200, in bytes and operations a second. Estimates: only the proportions matter.
 MEMORY, CACHE, MATH = 4.0e12, 6.0e12, 5.0e14
-MERGE = 2.5e-6  # seconds that the launch of the merge costs
+LAUNCH = 2.5e-6  # seconds
+MERGES = ("kernel", "last")
+MERGE = "kernel"  # until a GPU has run the other: what a race does, no interpreter shows
 MAX_SPLITS = 64
 FEWEST_TILES = 4  # a split
 BUCKET = 256  # cache rows between plans: every step has another length
@@ -57,25 +59,35 @@ def tile(rows: int, D: int, dtype: torch.dtype, itemsize: int = 2) -> Tile:
     return NARROW.get(chosen, chosen) if itemsize == 1 else chosen
 
 
-def plan(q_BHTD: Tensor, k_BGLD: Tensor, length: int) -> tuple[Tile, int]:
-    """The tile and the number of splits for one call that reads at most `length` rows of each head."""
+def plan(q_BHTD: Tensor, k_BGLD: Tensor, length: int, merge: str) -> tuple[Tile, int]:
+    """The tile and the number of splits for one call that reads at most `length` rows of each head.
+
+    merge  who merges the splits: a second "kernel", or the "last" program that has written one
+    """
+    if merge not in MERGES:
+        raise ValueError(f"merge is {merge!r}, expected one of {', '.join(MERGES)}")
     (B, H, T, D), G, itemsize = q_BHTD.shape, k_BGLD.shape[1], k_BGLD.element_size()
     chosen = tile(T * (H // G), D, q_BHTD.dtype, itemsize)
     rows = -(-length // BUCKET) * BUCKET
-    return chosen, splits(chosen, B, H, G, T, rows, D, itemsize, processors(q_BHTD.device))
+    return chosen, splits(chosen, B, H, G, T, rows, D, itemsize, processors(q_BHTD.device), merge)
 
 
 @lru_cache(maxsize=4096)
-def splits(tile: Tile, B: int, H: int, G: int, T: int, L: int, D: int, itemsize: int, processors: int) -> int:
+def splits(
+    tile: Tile, B: int, H: int, G: int, T: int, L: int, D: int, itemsize: int, processors: int, merge: str
+) -> int:
     """The number of splits that the roofline, rounded up to whole waves of programs, says is fastest."""
     programs = B * G * ceil(T * (H // G) / tile.rows)
     slots = processors * tile.resident
     work = max(2 * itemsize * B * G * L * D / MEMORY, 4 * B * H * T * L * D / MATH)
+    launch, write = LAUNCH, 4 * B * H * T * D / CACHE
+    read = write
+    if merge == "last":  # each tile's rows are read through one multiprocessor
+        launch, read = 0.0, 4 * tile.rows * D * processors / CACHE
 
     def seconds(count: int) -> float:
         waves = ceil(programs * count / slots) * slots / (programs * count)
-        merge = MERGE + 8 * count * B * H * T * D / CACHE if count > 1 else 0.0
-        return waves * work + merge
+        return waves * work + (launch + count * (write + read) if count > 1 else 0.0)
 
     most = min(MAX_SPLITS, L // (FEWEST_TILES * tile.columns))
     return min(range(1, max(1, most) + 1), key=seconds)
@@ -91,3 +103,13 @@ def merge_rows(rows: int, splits: int, width: int, device: torch.device) -> int:
     """Rows that one program merges: a power of two, few enough for registers and to fill the GPU."""
     fit = min(4096 // (splits * width), rows // processors(device))
     return max(1, 1 << (fit.bit_length() - 1)) if fit > 0 else 1
+
+
+def merge_block(tile: Tile, D: int) -> int:
+    """Rows that the last program of a tile reads at a time, of one split: 32 numbers a thread."""
+    return min(tile.rows, 32 * 32 * tile.warps // width(D))
+
+
+def registers(tile: Tile) -> int:
+    """What a thread may use where as many programs are resident as the tile says."""
+    return min(255, 65536 // (32 * tile.warps * tile.resident) // 8 * 8)

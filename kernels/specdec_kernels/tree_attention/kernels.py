@@ -1,4 +1,4 @@
-"""The kernels of tree attention: one walks the cache in splits, one merges these.
+"""The kernel of tree attention that walks the cache, in splits.
 
 The heads that share a key-value head are rows of one matrix product: row r is token r // P, head r % P.
 A program walks its tiles of the cache: first those that every row sees whole, without a mask, then in smaller
@@ -9,6 +9,8 @@ Shapes: B batch, H query heads, G key-value heads, P of H a G, T tree rows, C ro
 
 import triton
 import triton.language as tl
+
+from .merge import arrives_last, merge_tile, write_result, write_rows
 
 
 @triton.jit
@@ -69,8 +71,11 @@ def split_kernel(  # noqa: C901, features that are off are compiled away
     K_SCALE,
     V_SCALE,
     SINKS,
+    PARTS,
+    LOGS,
     OUT,
     LSE,
+    COUNTS,
     sq_b,
     sq_h,
     sq_t,
@@ -94,12 +99,13 @@ def split_kernel(  # noqa: C901, features that are off are compiled away
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr,
-    SINGLE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Tile of rows x split of the columns x head. Scores are factor * tanh(inner * q k), or factor * q k.
 
-    OUT [B, G, T, P, SPLITS, D] and LSE [B, G, T, P, SPLITS], in powers of two and -inf where a split is empty
-    (its OUT is not written); with SINGLE the result itself, as [B, T, H, D], and the natural logarithm.
+    PARTS [B, G, T, P, SPLITS, D] and LOGS [B, G, T, P, SPLITS], in powers of two and -inf where a split is
+    empty (its PARTS are not written). Without them OUT [B, T, H, D] and LSE [B, T, H]; with COUNTS
+    [B, G, tiles], which are 0 before and after, these too, by the last program of each tile.
     """
     tile_m, split = tl.program_id(0), tl.program_id(1)
     b, g = (tl.program_id(2) // G).to(tl.int64), (tl.program_id(2) % G).to(tl.int64)
@@ -180,56 +186,14 @@ def split_kernel(  # noqa: C901, features that are off are compiled away
     if V_SCALE is not None:
         scale *= tl.load(V_SCALE + g)
     log = tl.where(filled, top + tl.log2(tl.where(filled, total, 1.0)), -float("inf"))
-    if SINGLE:
-        base, row, written = (b * T * G + g) * P, rows + t * ((G - 1) * P), live
+    out = acc * scale[:, None]
+    if PARTS is None:
+        write_result(OUT, LSE, (b * T * G + g) * P, rows + t * ((G - 1) * P), live, out, log, D, BLOCK_D)
     else:  # as rows are: their tokens and heads needn't be kept in registers until here
-        base, row, written = (b * G + g) * T * P * SPLITS + split, rows * SPLITS, live & filled
-    out = (acc * scale[:, None]).to(OUT.dtype.element_ty)
-    tl.store(OUT + base * D + row[:, None] * D + d[None, :], out, mask=written[:, None] & (d < D)[None, :])
-    if SINGLE:
-        if LSE is not None:
-            tl.store(LSE + base + row, log * 0.6931471805599453, mask=live)
-    else:
-        tl.store(LSE + base + row, log, mask=live)
-
-
-@triton.jit(do_not_specialize=["ROWS", "G", "T", "SPLITS"])
-def merge_kernel(
-    PARTS,
-    LOGS,
-    OUT,
-    LSE,
-    ROWS,
-    G,
-    T,
-    SPLITS,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """OUT [B, T, H, D] and LSE [B, T, H]: ROWS of PARTS [B, G, T, P, SPLITS, D] weighted by 2 ** LOGS."""
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = r < ROWS
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    part = r.to(tl.int64)[:, None] * SPLITS + s[None, :]
-    log = tl.load(LOGS + part, mask=live[:, None] & (s < SPLITS)[None, :], other=-float("inf"))
-    top = tl.max(log, 1)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    weight = tl.exp2(log - top[:, None])
-    total = tl.where(live, tl.sum(weight, 1), 1.0)
-    # Empty splits have written nothing.
-    mask = (log > -float("inf"))[:, :, None] & (d < D)[None, None, :]
-    parts = tl.load(PARTS + part[:, :, None] * D + d[None, None, :], mask=mask, other=0.0)
-    out = tl.sum(parts * weight[:, :, None], 1) / total[:, None]
-    t, b = r // P % T, r // (G * T * P)
-    row = ((b * T + t) * G + r // (T * P) % G).to(tl.int64) * P + r % P
-    tl.store(
-        OUT + row[:, None] * D + d[None, :],
-        out.to(OUT.dtype.element_ty),
-        mask=live[:, None] & (d < D)[None, :],
-    )
-    if LSE is not None:
-        tl.store(LSE + row, (top + tl.log2(total)) * 0.6931471805599453, mask=live)
+        base, part = (b * G + g) * T * P * SPLITS + split, rows * SPLITS
+        write_rows(PARTS, base, part, live & filled, out, D, BLOCK_D)
+        tl.store(LOGS + base + part, log, mask=live)
+    if COUNTS is not None:
+        count = COUNTS + tl.program_id(2) * tl.num_programs(0) + tile_m
+        if arrives_last(count, SPLITS):
+            merge_tile(PARTS, LOGS, OUT, LSE, b, g, tile_m, G, T, SPLITS, P, D, BLOCK_D, BLOCK_M, BLOCK_R)

@@ -10,9 +10,11 @@ import triton
 from torch import Tensor
 
 from ..listing import Compiled
-from .config import Tile, merge_rows, plan, tile, width
-from .kernels import merge_kernel, split_kernel
+from .config import MERGE, Tile, merge_block, merge_rows, plan, registers, tile, width
+from .counts import counts
+from .kernels import split_kernel
 from .mask import TreeMask
+from .merge import merge_kernel
 
 LOG2E = 1.4426950408889634
 EDGE = 32  # columns at a time where a mask is needed: those of one word
@@ -32,22 +34,23 @@ def tree_attention(
     k_scale_G: Tensor | None = None,
     v_scale_G: Tensor | None = None,
     return_lse: bool = False,
+    merge: str = MERGE,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See the dispatcher. Rows behind the tree are never read, and may hold NaN."""
+    """See the dispatcher, and for `merge` the plan. Rows behind the tree are never read, and may hold NaN."""
     _refuse(q_BHTD, k_BGLD, v_BGLD)
     if k_BGLD.dtype == torch.float8_e4m3fn:
         k_BGLD, v_BGLD = k_BGLD.view(torch.int8), v_BGLD.view(torch.int8)
     (B, H, T, D), (G, L), device = q_BHTD.shape, k_BGLD.shape[1:3], q_BHTD.device
     prefix_B, depth_BC, words_BTW = tree.prefix_B, tree.depth_BC, tree.words_BTW
     length = L if window is None else min(L, window + depth_BC.shape[1])
-    chosen, splits = plan(q_BHTD, k_BGLD, length)
+    chosen, splits = plan(q_BHTD, k_BGLD, length, merge)
+    tiles = triton.cdiv(T * (H // G), chosen.rows)
     # Token before head, as models want it next, so that their transpose needs no copy.
     out_BTHD = torch.empty(B, T, H, D, dtype=q_BHTD.dtype, device=device)
     lse_BTH = torch.empty(B, T, H, dtype=torch.float32, device=device) if return_lse else None
-    parts, logs = out_BTHD, lse_BTH
-    if splits > 1:
-        parts = torch.empty(B * T * H, splits, D, dtype=torch.float32, device=device)
-        logs = torch.empty(B * T * H, splits, dtype=torch.float32, device=device)
+    parts, logs = _partials(B * T * H, splits, D, device)
+    arrived = counts(B * G * tiles, device) if splits > 1 and merge == "last" else None
+    unfinished = splits > 1 and arrived is None
     tensors = (
         q_BHTD,
         k_BGLD,
@@ -60,9 +63,11 @@ def tree_attention(
         sinks_H,
         parts,
         logs,
+        *((None, None) if unfinished else (out_BTHD, lse_BTH)),
+        arrived,
     )
     strides = (*q_BHTD.stride()[:3], *k_BGLD.stride()[:3], prefix_B.stride(0), depth_BC.stride(0))
-    split_kernel[(triton.cdiv(T * (H // G), chosen.rows), splits, B * G)](
+    split_kernel[(tiles, splits, B * G)](
         *tensors,
         *strides,
         *words_BTW.stride()[:2],
@@ -74,11 +79,11 @@ def tree_attention(
         (scale if softcap is None else softcap) * LOG2E,
         None if softcap is None else scale / softcap,
         **_constants(chosen, H // G, D),
-        SINGLE=splits == 1,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        maxnreg=_limit(chosen, arrived is not None),
     )
-    if splits > 1:
+    if unfinished:
         _merge(parts, logs, out_BTHD, lse_BTH, G)
     out_BHTD = out_BTHD.transpose(1, 2)
     return out_BHTD if lse_BTH is None else (out_BHTD, lse_BTH.transpose(1, 2))
@@ -96,9 +101,25 @@ def _refuse(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> None:
         )
 
 
+def _partials(
+    rows: int, splits: int, D: int, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What the splits of each row write: their outputs and logarithms. One split writes the result itself."""
+    if splits == 1:
+        return None, None
+    parts = torch.empty(rows, splits, D, dtype=torch.float32, device=device)
+    return parts, torch.empty(rows, splits, dtype=torch.float32, device=device)
+
+
 def _constants(chosen: Tile, P: int, D: int) -> dict[str, int]:
-    edge = min(chosen.columns, EDGE)
-    return dict(P=P, D=D, BLOCK_D=width(D), BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, EDGE=edge)
+    blocks = dict(BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, BLOCK_R=merge_block(chosen, D))
+    return dict(P=P, D=D, BLOCK_D=width(D), EDGE=min(chosen.columns, EDGE)) | blocks
+
+
+def _limit(chosen: Tile, last: bool) -> int | None:
+    """Where the last program merges, ptxas would otherwise spill, for the sake of more resident programs
+    than shared memory has room for."""
+    return registers(chosen) if last else None
 
 
 def _merge(parts: Tensor, logs: Tensor, out_BTHD: Tensor, lse_BTH: Tensor | None, G: int) -> None:
@@ -111,17 +132,18 @@ def _merge(parts: Tensor, logs: Tensor, out_BTHD: Tensor, lse_BTH: Tensor | None
 def _split(
     name: str, D: int, rows: int, P: int, q: str = "bf16", cache: str = "", **features: Any
 ) -> Compiled:
-    """The split kernel for `rows` rows; features: window, inner, SINKS and SINGLE, where on."""
+    """The split kernel for `rows` rows; features: window, inner, SINKS, and SINGLE or LAST, where on."""
     chosen = tile(rows, D, torch.float32 if q == "fp32" else torch.bfloat16, 1 if cache else 2)
-    single = "SINGLE" in features
     types = {"Q": f"*{q}", "K": f"*{cache or q}", "V": f"*{cache or q}", "PREFIX": "*i64", "DEPTH": "*i64"}
-    types |= {"WORDS": "*i32", "OUT": f"*{q}" if single else "*fp32", "factor": "fp32"}
+    types |= {"WORDS": "*i32", "factor": "fp32"}
+    partial, result = {"PARTS": "*fp32", "LOGS": "*fp32"}, {"OUT": f"*{q}"}
+    last = partial | result | {"LSE": "*fp32", "COUNTS": "*i32"}
+    types |= result if "SINGLE" in features else last if "LAST" in features else partial
     optional = {"inner": "fp32", "SINKS": f"*{q}", "window": "i32"}
-    optional |= dict.fromkeys(("K_SCALE", "V_SCALE") if cache else (), "*fp32") | {"LSE": "*fp32"}
-    on = [n for n in optional if n in features or n.endswith("_SCALE") or (n == "LSE" and not single)]
-    off = {"inner", "SINKS", "window", "K_SCALE", "V_SCALE", "LSE"} - set(on)
-    constants = _constants(chosen, P, D) | {"SINGLE": single} | dict.fromkeys(sorted(off))
-    types |= {n: optional[n] for n in on}
+    types |= {n: kind for n, kind in optional.items() if n in features}
+    types |= dict.fromkeys(("K_SCALE", "V_SCALE") if cache else (), "*fp32")
+    off = {*optional, *last, "K_SCALE", "V_SCALE"} - types.keys()
+    constants = _constants(chosen, P, D) | dict.fromkeys(sorted(off))
     return Compiled(
         name,
         split_kernel,
@@ -132,6 +154,7 @@ def _split(
         stages=chosen.stages,
         wgmma=chosen.rows >= 64,
         pipelined=True,
+        options={"maxnreg": _limit(chosen, "LAST" in features)},
     )
 
 
@@ -150,6 +173,11 @@ COMPILED = [
     *(_split(f"fp8-D128-M{M}", 128, M, 4, cache="i8") for M in (16, 32, 64, 128)),
     *(_split(f"fp32-D{D}", D, 16, 4, q="fp32") for D in (64, 128, 256)),
     *(_split(f"single-D128-M{M}", 128, M, 4, SINGLE=True) for M in (16, 128)),
+    *(_split(f"last-D{D}-M{M}", D, M, 4, LAST=True) for D in (128, 64) for M in (16, 32, 64, 128)),
+    *(_split(f"last-gemma-D256-M{M}", 256, M, 2, window=True, inner=True, LAST=True) for M in (16, 32, 64)),
+    *(_split(f"last-P7-window-D128-M{M}", 128, M, 7, window=True, LAST=True) for M in (16, 32, 64, 128)),
+    *(_split(f"last-fp8-D128-M{M}", 128, M, 4, cache="i8", LAST=True) for M in (16, 32, 64, 128)),
+    *(_split(f"last-fp32-D{D}", D, 16, 4, q="fp32", LAST=True) for D in (128, 256)),
     *(
         _merged(D, splits, rows)
         for D, splits, rows in ((64, 16, 4), (128, 16, 2), (128, 64, 1), (256, 64, 1))
