@@ -11,7 +11,7 @@ from models import tiny, tiny_model, untrained_heads
 from specdec import config
 from specdec.config import build, load_config
 from specdec.loading import Loaded, random_model
-from specdec.proposers.medusa import MedusaInfo
+from specdec.proposers.medusa_heads import MedusaInfo
 from specdec.run import main, run
 from specdec.store import RunFolder
 

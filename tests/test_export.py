@@ -21,7 +21,7 @@ from specdec.checkpoints.medusa import read_medusa
 from specdec.config import load_config
 from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Info, load
 from specdec.proposers.headfile import write_head
-from specdec.proposers.medusa import MedusaHeads, MedusaInfo
+from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
 from specdec.training.eagle3 import unroll
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
@@ -124,8 +124,8 @@ def test_speculators_loads_and_runs_it_as_we_do(variant: str, verifier: str, tmp
         torch.testing.assert_close(got[i][:rows], head.logits(out_1TD)[0, :rows], atol=1e-3, rtol=1e-3)
 
 
-def medusa_file(path: Path, tokens: list[int], root: bool = False) -> Path:
-    heads = untrained_heads(tiny(), tokens)
+def medusa_file(path: Path, tokens: list[int], root: bool = False, hydra: bool = False) -> Path:
+    heads = untrained_heads(tiny(), tokens, hydra)
     info = MedusaInfo(len(heads.bias_KD), WIDTH, tiny().name, tiny().fingerprint, [[0.5]] * 5)
     heads.save(path, info)
     if not root:
@@ -164,9 +164,12 @@ def test_unsorted_medusa_heads_are_written_with_their_own_order(tmp_path: Path) 
     assert read_medusa(str(tmp_path / "out"), tiny()).state["tokens_U"].tolist() == [3, 4, 11, 30]
 
 
-def test_heads_that_read_the_root_have_no_place_in_vllm(tmp_path: Path) -> None:
-    file = medusa_file(tmp_path / "heads.safetensors", [3, 4], root=True)
-    with pytest.raises(ValueError, match=r"to=vllm-medusa: the heads read the root's embedding .*heads=FILE"):
+@pytest.mark.parametrize("hydra", [False, True])
+def test_heads_that_read_tokens_have_no_place_in_vllm(hydra: bool, tmp_path: Path) -> None:
+    file = medusa_file(tmp_path / "heads.safetensors", [3, 4], root=True, hydra=hydra)
+    reads = r"the root's embedding " + (r"and those of .*path_PDD" if hydra else r"\(root_KDD")
+    again = r"heads=FILE, or train some: .* head.hydra=false head.root=false$"
+    with pytest.raises(ValueError, match=f"^to=vllm-medusa: the heads read {reads}.*{again}"):
         export(file, "vllm-medusa", tiny(), tmp_path / "out", "someone/target")
     assert not (tmp_path / "out").exists()
 
@@ -197,7 +200,7 @@ def test_a_folder_in_use_and_a_file_of_another_kind_are_refused(tmp_path: Path) 
         ValueError, match=r"out=.*out is not empty, expected a new folder: .* another out=DIR"
     ):
         export(tmp_path / "head.safetensors", "speculators", shifting(), folder, "")
-    with pytest.raises(ValueError, match="is no file of Medusa heads"):
+    with pytest.raises(ValueError, match="is no file of medusa heads"):
         export(tmp_path / "head.safetensors", "vllm-medusa", shifting(), tmp_path / "new", "")
 
 

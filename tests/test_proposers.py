@@ -37,7 +37,8 @@ from transformers import PreTrainedTokenizerFast
 from specdec.decode import Sequence
 from specdec.loading import random_model
 from specdec.proposers.draft_lm import DraftLM, check_same_tokenizer, first_layers
-from specdec.proposers.medusa import Medusa, MedusaHeads
+from specdec.proposers.medusa import Medusa
+from specdec.proposers.medusa_heads import MedusaHeads
 from specdec.proposers.ngram import NGram
 from specdec.rng import Philox
 from specdec.target import HFTarget
@@ -314,23 +315,31 @@ def nothing(tensors: dict[str, Tensor]) -> None:
 
 
 DAMAGE = {
-    "truncated": (truncated, "is no file of Medusa heads"),
-    "empty": (lambda path: path.write_bytes(b""), "is no file of Medusa heads"),
-    "no heads": (lambda path: save_file({"x": torch.zeros(1)}, path), "is no file of Medusa heads"),
+    "truncated": (truncated, "is no file of medusa heads"),
+    "empty": (lambda path: path.write_bytes(b""), "is no file of medusa heads"),
+    "no heads": (lambda path: save_file({"x": torch.zeros(1)}, path), "is no file of medusa heads"),
     "garbled": (
         lambda path: save_file({"x": torch.zeros(1)}, path, metadata={"medusa": "{"}),
-        "is no file of Medusa heads",
+        "is no file of medusa heads",
     ),
+    "says more": (with_tensors(nothing, hydras=5), "is no file of medusa heads .*hydras"),
     "other target": (with_tensors(nothing, fingerprint="0123"), r"was trained for .*fingerprint 0123"),
     "NaN": (with_tensors(lambda t: t["bias_KD"][1].fill_(torch.nan)), "weights that are not finite"),
     "infinite": (
         with_tensors(lambda t: t["weight_KDD"][0, 0].fill_(torch.inf)),
         "weights that are not finite",
     ),
-    "missing": (with_tensors(lambda t: t.pop("bias_KD")), "holds tensors .*expected"),
-    "no vocabulary": (with_tensors(lambda t: t.pop("tokens_U")), "holds tensors .*expected"),
-    "other width": (with_tensors(lambda t: t.update(bias_KD=torch.zeros(5, 7))), "holds tensors .*expected"),
-    "fewer heads": (with_tensors(nothing, heads=4), "holds tensors .*expected"),
+    "missing": (with_tensors(lambda t: t.pop("bias_KD")), "expected: bias_KD None, not .5, 64."),
+    "no vocabulary": (with_tensors(lambda t: t.pop("tokens_U")), "expected: tokens_U None, not"),
+    "no list": (
+        with_tensors(lambda t: t.update(tokens_U=torch.tensor(3))),
+        "expected: tokens_U .., not .1,.",
+    ),
+    "other width": (
+        with_tensors(lambda t: t.update(bias_KD=torch.zeros(5, 7))),
+        "expected: bias_KD .5, 7., not .5, 64.",
+    ),
+    "fewer heads": (with_tensors(nothing, heads=4), "expected: bias_KD .5, 64., not .4, 64."),
     "other vocabulary": (with_tensors(lambda t: t["tokens_U"].add_(VOCAB)), "vocabulary that is not"),
     "negative token": (with_tensors(lambda t: t["tokens_U"].sub_(9)), "vocabulary that is not"),
     "token twice": (with_tensors(lambda t: t["tokens_U"].fill_(3)), "vocabulary that is not"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..proposers.eagle3_head import Eagle3Head, Eagle3Info
-from ..proposers.medusa import MedusaHeads, MedusaInfo
+from ..proposers.medusa_heads import MedusaHeads, MedusaInfo
 from . import eagle3, medusa
 from .eagle3 import Eagle3InMemory, eagle3_head, read_eagle3
 from .files import Reading, Unusable, is_checkpoint, refused

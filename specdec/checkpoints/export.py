@@ -19,7 +19,7 @@ from ..files import save_tensors, write_text
 from ..proposers import eagle3_head
 from ..proposers.eagle3_head import Eagle3Config
 from ..proposers.headfile import read_head
-from ..proposers.medusa import MedusaHeads
+from ..proposers.medusa_heads import MedusaHeads
 from . import eagle3, medusa
 from .dialects import IDS
 from .files import CONFIG, Reading
@@ -129,12 +129,14 @@ def sglang(native: Native, target: HFTarget, verifier: str) -> Written:
 
 
 def vllm_medusa(native: Native, target: HFTarget, verifier: str) -> Written:
-    """vLLM's Medusa. ValueError: heads that read the root's embedding, which it has no place for."""
+    """vLLM's Medusa. ValueError: heads that read tokens' embeddings, which it has no place for."""
     state, heads = native.state, native.config.heads
     if "root_KDD" in state:
+        path = "and those of the drafted path (path_PDD)" if "path_PDD" in state else "(root_KDD)"
         raise ValueError(
-            "to=vllm-medusa: the heads read the root's embedding (root_KDD), expected heads that read hidden "
-            "states only, all that vLLM's Medusa knows: choose other heads=FILE"
+            f"to=vllm-medusa: the heads read the root's embedding {path}, expected heads that read hidden "
+            "states only, all that vLLM's Medusa knows: choose other heads=FILE, or train some: "
+            "python -m specdec.train head=medusa head.hydra=false head.root=false"
         )
     tokens_U, vocab = state["tokens_U"].long(), target.vocab
     tensors = {"lm_heads.0.weight": target.lm_head[tokens_U.to(target.device)]}

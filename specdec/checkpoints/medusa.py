@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..proposers.base import Grown
-from ..proposers.medusa import Medusa, MedusaHeads, MedusaInfo
+from ..proposers.medusa import Medusa
+from ..proposers.medusa_heads import KIND, MedusaHeads, MedusaInfo
 from .files import Reading, Unusable, read, refused, same_tokenizer
 
 if TYPE_CHECKING:
     from ..target import HFTarget
     from ..trees import TreePolicy
 
-KIND = "medusa"
 WEIGHTS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "pytorch_model.bin")
 PREFIX = re.compile(r"^medusa_heads?\.")
 BLOCK = re.compile(r"(?:blocks\.)?(\d+)\.(?:layers\.)?(\d+)(?:\.linear)?\.(weight|bias)")
