@@ -1,4 +1,4 @@
-"""python experiments/training_prompts.py gsm8k_train.jsonl prompts.jsonl: prompts to train heads on.
+"""python experiments/training_prompts.py gsm8k_train.jsonl prompts.jsonl [seed]: prompts to train heads on.
 
 Functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
 to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left.
@@ -121,14 +121,14 @@ class Composer:
         return list(found)
 
 
-def main(gsm8k: str, out: str) -> None:
+def main(gsm8k: str, out: str, seed: str = "0") -> None:
     """Write a seeded choice of prompts in the schema that data=jsonl reads."""
-    choose = random.Random(0)
+    choose = random.Random(int(seed))
     rows = []
     for kind, texts in prompts(Path(gsm8k)).items():
         for text in choose.sample(texts, min(COUNTS[kind], len(texts))):
             rows.append({"question_id": len(rows), "category": kind, "turns": [text]})
-    composer = Composer(seed=0)
+    composer = Composer(int(seed))
     for kind, count in COMPOSED.items():
         for text in composer.prompts(kind, count):
             rows.append({"question_id": len(rows), "category": kind, "turns": [text]})

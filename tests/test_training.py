@@ -4,8 +4,9 @@ Shapes: S texts, T tokens, D width, X rows, U draft vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from specdec.onpolicy import write_answers
-from specdec.proposers.medusa import MedusaHeads, root_embeddings
+from specdec.proposers.medusa_heads import MedusaHeads, token_embeddings
 from specdec.training.eagle3 import Eagle3Recipe
 from specdec.training.estimate import kept_for_backward
 from specdec.training.heads import OBJECTIVES, HeadRecipe
@@ -139,7 +140,7 @@ class Judged(HeadRecipe):
     """Says what it is given; depth 1 is twice as deep as it was drafted."""
 
     kind = "judged"
-    taps = fresh = save = proposer = lambda *_: None
+    taps = new = begun = save = proposer = lambda *_: None
     depths: tuple = ()
 
     def judged(self, *_: object) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -157,8 +158,10 @@ def test_a_loss_is_the_mean_over_what_can_be_drafted_deeper_ones_count_less() ->
     assert float(recipe.loss(None, None, None)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [MedusaRecipe, Eagle3Recipe])
-def test_heads_learn_what_the_target_says(kind: type[HeadRecipe], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [MedusaRecipe, partial(MedusaRecipe, hydra=True), Eagle3Recipe], ids=["medusa", "hydra", "eagle3"]
+)
+def test_heads_learn_what_the_target_says(kind: Callable[..., HeadRecipe], tmp_path: Path) -> None:
     """The cycle: an untrained head is never right about it, a trained one nearly always."""
     prompts = [[(i + j) % 8 for j in range(3 + i // 8)] for i in range(24)]
     files = write_answers(cyclic(), prompts, tmp_path, stop_ids=(), longest=20, batch=4, taps=TAPS)
@@ -176,7 +179,7 @@ def test_heads_learn_what_the_target_says(kind: type[HeadRecipe], tmp_path: Path
 def test_an_untrained_head_repeats_the_lm_head_whatever_the_root() -> None:
     heads = MedusaHeads(2, tiny().lm_head, torch.arange(tiny().vocab))
     hidden_XD = torch.randn(3, tiny().lm_head.shape[1])
-    root_XD = root_embeddings(tiny(), torch.tensor([1, 2, 3]))
+    root_XD = token_embeddings(tiny(), torch.tensor([1, 2, 3]))
     repeated_KXU = (hidden_XD @ tiny().lm_head.T).expand(2, -1, -1)
     assert torch.allclose(heads(hidden_XD, root_XD), repeated_KXU, atol=1e-5)
     assert torch.allclose(root_XD.pow(2).mean(-1), torch.ones(3), atol=1e-3)
@@ -215,6 +218,8 @@ def test_wrong_settings_are_refused(shards: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "heads.safetensors"
     with pytest.raises(ValueError, match=r"head.heads is 0, expected 1 or more: head.heads="):
         MedusaRecipe(heads=0)
+    with pytest.raises(ValueError, match=r"head.hydra=true, head.root=false: .*: head.root=true"):
+        MedusaRecipe(hydra=True, root=False)
     with pytest.raises(ValueError, match=r"head.dtype is 'int8', expected float32 or bfloat16"):
         MedusaRecipe(dtype="int8")
     with pytest.raises(ValueError, match=r"head.objective is 'l2', expected kl, tv, lk: head.objective=kl"):

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..proposers.draft_head import KIND, DraftHead, DraftInfo, save
+from ..proposers.draft_head import KIND, DraftHead, DraftInfo, load, save
 from ..proposers.draft_lm import DraftLM
 from ..target import HFTarget, Tap
 from ..trees import Chain
-from .heads import HeadRecipe, laws
+from .heads import HeadRecipe, expect_shape, laws
 from .texts import TextBatch, Texts
 
 
@@ -42,11 +42,13 @@ class DraftLMRecipe(HeadRecipe):
     def taps(self, target: HFTarget) -> tuple[Tap, ...]:
         return ("final",)
 
-    def fresh(self, target: HFTarget, texts: Texts) -> DraftHead:
-        tokens_U = texts.most_said(target.vocab, self.vocab)
-        head = DraftHead(target, self._source(target)).drafting(target, tokens_U)
-        head.decoder.requires_grad_(True)
-        return head.float()
+    def new(self, target: HFTarget, tokens_U: Tensor) -> DraftHead:
+        return _trainable(DraftHead(target, self._source(target)).drafting(target, tokens_U))
+
+    def begun(self, target: HFTarget, path: Path) -> DraftHead:
+        head, info = load(path, target)
+        expect_shape(path, {"source": info.source}, {"source": self._source(target)})
+        return _trainable(head)
 
     def _source(self, target: HFTarget) -> tuple[int, ...]:
         if self.source is not None:
@@ -73,3 +75,8 @@ class DraftLMRecipe(HeadRecipe):
 
     def proposer(self, target: HFTarget, path: Path) -> DraftLM:
         return DraftLM(target, Chain(depth=4), heads=str(path))
+
+
+def _trainable(head: DraftHead) -> DraftHead:
+    head.decoder.requires_grad_(True)
+    return head.float()

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..proposers.eagle3 import Eagle3
-from ..proposers.eagle3_head import Eagle3Config, Eagle3Head, Eagle3Info, save
+from ..proposers.eagle3_head import Eagle3Config, Eagle3Head, Eagle3Info, load, save
 from ..target import HFTarget, Tap
 from ..trees import Chain
-from .heads import HeadRecipe, laws
+from .heads import HeadRecipe, expect_shape, laws
 from .texts import GRANULE, TextBatch, Texts
+
+VARIANT = ("fc_norm", "post_norm", "norm_before_residual", "shared_head")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,21 @@ class Eagle3Recipe(HeadRecipe):
         n = len(target.layers)
         return tuple(self.layers or sorted({min(2, n - 1), n // 2, max(n - 3, 0)}))
 
-    def fresh(self, target: HFTarget, texts: Texts) -> Eagle3Head:
-        tokens_U = texts.most_said(target.vocab, self.vocab)
+    def new(self, target: HFTarget, tokens_U: Tensor) -> Eagle3Head:
         head = Eagle3Head(self._config(target, len(tokens_U)))
         head.tokens_U.copy_(tokens_U)
         if not self.shared_head:
             head.lm_head.weight.data.copy_(target.lm_head[head.tokens_U.long()])
         _like_the_target(head, target)
-        return head.to(target.device).borrow(target.embedding.float(), target.lm_head.float())
+        return _borrowing(head, target)
+
+    def begun(self, target: HFTarget, path: Path) -> Eagle3Head:
+        there, _ = load(path, target)
+        expect_shape(path, {name: getattr(there.config, name) for name in VARIANT}, self._variant)
+        expect_shape(path, {"layers": there.config.taps}, {"layers": self._layers(target)})
+        head = Eagle3Head(there.config)
+        head.load_state_dict(there.stored(), strict=False)
+        return _borrowing(head, target)
 
     def _config(self, target: HFTarget, draft_vocab: int) -> Eagle3Config:
         c = target.config
@@ -74,11 +83,12 @@ class Eagle3Recipe(HeadRecipe):
             draft_vocab=draft_vocab,
             rope_parameters=_rope(c),
             max_length=target.max_length,
-            fc_norm=self.fc_norm,
-            post_norm=self.post_norm,
-            norm_before_residual=self.norm_before_residual,
-            shared_head=self.shared_head,
+            **self._variant,
         )
+
+    @property
+    def _variant(self) -> dict[str, bool]:
+        return {name: getattr(self, name) for name in VARIANT}
 
     def judged(
         self, head: Eagle3Head, target: HFTarget, batch: TextBatch
@@ -101,6 +111,10 @@ class Eagle3Recipe(HeadRecipe):
 
     def proposer(self, target: HFTarget, path: Path) -> Eagle3:
         return Eagle3(target, Chain(depth=self.unroll), heads=str(path))
+
+
+def _borrowing(head: Eagle3Head, target: HFTarget) -> Eagle3Head:
+    return head.to(target.device).borrow(target.embedding.float(), target.lm_head.float())
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Shapes: X rows that count, U draft vocabulary, K depths, R ranks.
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
 from ..target import HFTarget
+from ..zoo import zoo_file
 from .loop import Recipe
 from .texts import TextBatch, Texts
 
@@ -46,11 +49,13 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class HeadRecipe(Recipe):
     """How a head is trained, besides what all recipes say.
 
+    start      a head to go on from, a file or a name in the zoo; its draft vocabulary stays
     vocab      draft vocabulary: the tokens that the target says most
     decay      a depth's share of the loss, against the depth before
     objective  kl: forward divergence; tv: total variation; lk: the one, then the other
     """
 
+    start: str | None = None
     vocab: int = 8192
     decay: float = 0.8
     objective: str = "kl"
@@ -63,6 +68,19 @@ class HeadRecipe(Recipe):
             )
         if self.vocab < 1:
             raise ValueError(f"head.vocab is {self.vocab}, expected 1 or more: head.vocab=8192")
+
+    def fresh(self, target: HFTarget, texts: Texts) -> nn.Module:
+        if self.start is not None:
+            return self.begun(target, zoo_file(self.start, "head.start"))
+        return self.new(target, texts.most_said(target.vocab, self.vocab))
+
+    @abstractmethod
+    def new(self, target: HFTarget, tokens_U: Tensor) -> nn.Module:
+        """An untrained head that drafts these tokens."""
+
+    @abstractmethod
+    def begun(self, target: HFTarget, path: Path) -> nn.Module:
+        """The head of a file, to be trained further. ValueError: of another shape than the recipe says."""
 
     @abstractmethod
     def judged(
@@ -104,6 +122,16 @@ def _sum(total: Tensor, part: Tensor) -> Tensor:
     longer = longer.clone()
     longer[: len(shorter)] += shorter
     return longer
+
+
+def expect_shape(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """ValueError unless a head that training goes on from is what the recipe says, setting by setting."""
+    for name, value in here.items():
+        if there[name] != value:
+            raise ValueError(
+                f"head.start={path}: its {name} is {there[name]}, the recipe says {value}: "
+                f"give head.{name} as it is there, or head.start=null"
+            )
 
 
 @torch.no_grad()

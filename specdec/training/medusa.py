@@ -1,6 +1,6 @@
-"""Trains Medusa heads (arXiv:2401.10774) on the laws of the target.
+"""Trains Medusa heads (arXiv:2401.10774) or Hydra's (arXiv:2402.05109) on the laws of the target.
 
-Shapes: S texts, T tokens, X tokens that the target said, D width, K heads, U draft vocabulary.
+Shapes: S texts, T tokens, X tokens that the target said, D width, K heads, J = K - 1, U draft vocabulary.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..proposers.medusa import Medusa, MedusaHeads, MedusaInfo, root_embeddings
+from ..proposers.medusa import Medusa
+from ..proposers.medusa_heads import KIND, MedusaHeads, MedusaInfo, token_embeddings
 from ..target import HFTarget, Tap
 from ..trees import Chain
-from .heads import HeadRecipe, laws
+from .heads import HeadRecipe, expect_shape, laws
 from .texts import TextBatch, Texts
 
 
@@ -24,26 +25,42 @@ class MedusaRecipe(HeadRecipe):
 
     heads  how many; each looks one token further
     root   they read the root's embedding too; false: Medusa-1 as published, which other engines can load
+    hydra  they read those of all tokens drafted before too, in training the true ones
     """
 
     lr: float = 2e-3
     heads: int = 3
     root: bool = True
+    hydra: bool = False
 
-    kind: ClassVar[str] = "medusa"
+    kind: ClassVar[str] = KIND
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.heads < 1:
             raise ValueError(f"head.heads is {self.heads}, expected 1 or more: head.heads=3")
+        if self.hydra and not self.root:
+            raise ValueError(
+                "head.hydra=true, head.root=false: heads that read the drafted path read the root before it: "
+                "head.root=true"
+            )
 
     def taps(self, target: HFTarget) -> tuple[Tap, ...]:
         return ("final",)
 
-    def fresh(self, target: HFTarget, texts: Texts) -> MedusaHeads:
-        tokens_U = texts.most_said(target.vocab, self.vocab).to(target.device)
+    def new(self, target: HFTarget, tokens_U: Tensor) -> MedusaHeads:
+        tokens_U = tokens_U.to(target.device)
         lm_head_UD = target.lm_head[tokens_U].float()
-        return MedusaHeads(self.heads, lm_head_UD, tokens_U, root=self.root).to(target.device)
+        heads = MedusaHeads(self.heads, lm_head_UD, tokens_U, root=self.root, hydra=self.hydra)
+        return heads.to(target.device)
+
+    def begun(self, target: HFTarget, path: Path) -> MedusaHeads:
+        there, info = MedusaHeads.load(path, target)
+        shape = {"heads": info.heads, "root": there.root_KDD is not None, "hydra": there.hydra}
+        expect_shape(path, shape, {name: getattr(self, name) for name in shape})
+        head = self.new(target, there.tokens_U)
+        head.load_state_dict(there.state_dict())
+        return head
 
     def judged(
         self, head: MedusaHeads, target: HFTarget, batch: TextBatch
@@ -53,7 +70,9 @@ class MedusaRecipe(HeadRecipe):
         final_XD = batch.hidden["final"][text_X, place_X].to(head.lm_head_UD.dtype)
         laws_XU = laws(final_XD, head.lm_head_UD)
         drafted_X = torch.isin(next_X, head.tokens_U)
-        logits_KXU = head(final_XD, root_embeddings(target, next_X).to(final_XD.dtype))
+        root_XD = token_embeddings(target, next_X).to(final_XD.dtype)
+        path_XJD = _said_next(root_XD, len(head.bias_KD) - 1) if head.hydra else None
+        logits_KXU = head(final_XD, root_XD, path_XJD)
         for k, logits_XU in enumerate(logits_KXU, start=1):
             same_X = text_X[k:] == text_X[:-k]  # k rows on is k tokens on, within a text
             yield logits_XU[:-k][same_X], laws_XU[k:][same_X], drafted_X[k:][same_X]
@@ -65,3 +84,10 @@ class MedusaRecipe(HeadRecipe):
 
     def proposer(self, target: HFTarget, path: Path) -> Medusa:
         return Medusa(target, Chain(depth=self.heads), heads=str(path))
+
+
+def _said_next(root_XD: Tensor, J: int) -> Tensor:
+    """[X, J, D]: what is said behind each root. A path that leaves the text ends where no head is judged."""
+    X, device = len(root_XD), root_XD.device
+    row_X1 = torch.arange(X, device=device).unsqueeze(1)
+    return root_XD[(row_X1 + torch.arange(1, J + 1, device=device)).clamp(max=X - 1)]
