@@ -19,6 +19,8 @@ from specdec_kernels.tree_accept import block, recursive, walk
 from specdec_kernels.tree_accept.naive import all_the_way, one_hot, path_to, paths, residual, strike
 
 from .rng import Purpose, Stream, StreamBatch
+from .sampling import LawBatch
+from .transfer import constant
 from .tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 
 
@@ -54,7 +56,7 @@ class Rule(ABC):
     def __call__(self, tree: TokenTree, p: LawTable, stream: Stream) -> Verdict:
         """Decide one sequence."""
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
         """Decide a batch on the device."""
         raise NotImplementedError(f"accept={self.name} has no batched form")
 
@@ -67,8 +69,8 @@ class Greedy(Rule):
     def __call__(self, tree: TokenTree, p: LawTable, stream: Stream) -> Verdict:
         return _follow(tree, lambda node, depth: int(p[node].argmax()))
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        return _walk(trees, p_BNV.argmax(dim=-1))
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
+        return _walk(trees, p.best())
 
 
 class Match(Rule):
@@ -80,8 +82,8 @@ class Match(Rule):
     def __call__(self, tree: TokenTree, p: LawTable, stream: Stream) -> Verdict:
         return _follow(tree, lambda node, depth: stream.draw_at(p[node], depth))
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        return _walk(trees, streams.draw_at(p_BNV, trees.depth_BN))
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
+        return _walk(trees, p.draw(streams, trees.depth_BN))
 
 
 class Recursive(Rule):
@@ -112,10 +114,10 @@ class Recursive(Rule):
             p_V = residual(p_V, q_V)
         return None, p_V
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
         nodes = (trees.tokens_BN, trees.parents_BN, trees.drawn_BN)
         keys = (streams.rng.seed, streams.request_B, streams.step_B)
-        return VerdictBatch(*recursive(*nodes, p_BNV, trees.q_BNV, *keys))
+        return VerdictBatch(*recursive(*nodes, p.p_BNV, trees.q_BNV, *keys))
 
 
 class Rejection(Recursive):
@@ -148,10 +150,10 @@ class Block(Rule):
                 end, left_V = n, residual(weight * p[n], q_V)
         return Verdict(list(range(1, end + 1)), stream.draw(left_V, end, Purpose.RESIDUAL))
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
         nodes = (trees.tokens_BN, trees.n_B, trees.drawn_BN)
         keys = (streams.rng.seed, streams.request_B, streams.step_B)
-        return VerdictBatch(*block(*nodes, p_BNV, trees.q_BNV, *keys))
+        return VerdictBatch(*block(*nodes, p.p_BNV, trees.q_BNV, *keys))
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ class Typical(Rule):
         path, _ = max(paths.values(), key=lambda found: (len(found[0]), found[1]))
         return Verdict(path, stream.draw_at(p[path[-1] if path else 0], len(path)))
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        parent_BN = trees.parents_BN.clamp(min=0)
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
+        p_BNV, parent_BN = p.p_BNV, trees.parents_BN.clamp(min=0)
         at_parent_BNV = p_BNV.gather(1, parent_BN.unsqueeze(-1).expand_as(p_BNV))
         p_x_BN = at_parent_BNV.gather(2, trees.tokens_BN.unsqueeze(-1)).squeeze(-1)
         good_BN = p_x_BN > self.threshold(p_BNV).gather(1, parent_BN)
@@ -228,10 +230,9 @@ class Synthetic(Rule):
             path.append(node)
         return Verdict(path, int(p[node].argmax()))
 
-    def batch(self, trees: TreeBatch, p_BNV: Tensor, streams: StreamBatch) -> VerdictBatch:
-        N = p_BNV.shape[1]
-        node_N = torch.arange(N, device=p_BNV.device)
-        rate_R = torch.tensor(self.rates, dtype=torch.float64).to(p_BNV.device, non_blocking=True)
+    def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
+        node_N = torch.arange(trees.depth_BN.shape[1], device=trees.depth_BN.device)
+        rate_R = constant(self.rates, trees.depth_BN.device, torch.float64)
         rate_BN = rate_R[(trees.depth_BN - 1).clamp(0, len(self.rates) - 1)]
         siblings_BNN = trees.parents_BN.unsqueeze(1) == trees.parents_BN.unsqueeze(2)
         first_BN = ~(siblings_BNN & (node_N < node_N.unsqueeze(1))).any(-1)
@@ -239,7 +240,7 @@ class Synthetic(Rule):
         good_BN = first_BN & (coins(*keys, Purpose.ACCEPT) < rate_BN)
         path_BA, count_B = paths(all_the_way(trees.parents_BN, trees.ancestors_BNN, good_BN))
         end_B1 = path_BA.amax(1, keepdim=True).clamp(min=0)
-        return VerdictBatch(path_BA, count_B, p_BNV.argmax(-1).gather(1, end_B1).squeeze(1))
+        return VerdictBatch(path_BA, count_B, p.best().gather(1, end_B1).squeeze(1))
 
 
 def drafted(tree: TokenTree, node: int, like_V: Tensor) -> Iterator[tuple[int, Tensor]]:

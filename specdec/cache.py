@@ -47,6 +47,7 @@ class SlotCache(Cache):
         if rows > self.rows:
             self._grow(rows + rows // 4)
 
+    @torch.compiler.disable  # it writes through views that are made once a step
     def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer_idx: int, *_: object, **__: object) -> tuple:
         """Write the new rows of a layer; returns what the slots aimed at hold, [B, G, rows, D] twice."""
         return self._write(k_BGTD, 2 * layer_idx), self._write(v_BGTD, 2 * layer_idx + 1)
@@ -102,6 +103,15 @@ class SlotCache(Cache):
         for stack in self._stacks.values():
             slots_B, prefix_B, count_B, *path = to_device(places, stack.device).unbind(1)
             kv_keep(stack, slots_B, prefix_B, torch.stack(path, 1), count_B)
+
+    def keep_device(self, prefix_B: Tensor, path_BA: Tensor, count_B: Tensor) -> None:
+        """The same of all slots, told by tensors; whoever keeps the lengths there advances them.
+
+        path_BA  accepted rows without the root, ascending, then anything
+        """
+        slots_B = torch.arange(len(prefix_B), device=prefix_B.device)
+        for stack in self._stacks.values():
+            kv_keep(stack, slots_B, prefix_B, path_BA, count_B)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.lengths)

@@ -195,18 +195,18 @@ class Stopwatch(Proposer):
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         tree = self.trees[self.turn]
         self.whole = seqs[0].room > min(tree.depth, seqs[0].max_new_tokens - 1)
-        began = self.clock.now()
+        began = self.clock.settled()
         with growing(self.inner, tree):
             trees = self.inner.propose(seqs)
-        self.spent = self.clock.now() - began
+        self.spent = self.clock.settled() - began
         return trees
 
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
-        began = self.clock.now()
+        began = self.clock.settled()
         self.inner.observe(seqs, trees, verdicts, out)
-        self.spent += self.clock.now() - began
+        self.spent += self.clock.settled() - began
         if self.whole:
             self.seconds[self.turn].append(self.spent)
             self.turn = (self.turn + 1) % len(self.trees)

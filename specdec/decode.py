@@ -1,24 +1,26 @@
 """The loop. Plain decoding is the same loop with a proposer that proposes nothing.
 
-propose -> score -> accept -> commit -> observe -> record. Only the loop changes a Sequence.
+propose -> score -> accept -> commit -> observe -> record. Only the loop changes a Sequence. All but the last
+are called from here, or stay on the device (`device_step`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from .accept import Rule
+from .device_step import checked, decides_on_device, device_step, verdicts_of
 from .proposers.base import Proposer
 from .records import StepRecord
 from .rng import Rng, Stream, StreamBatch
-from .sampling import Laws, Sampling, not_numbers
+from .sampling import Laws, Sampling
 from .target import HFTarget, TargetOutput
 from .tree import TokenTree, TreeBatch, Verdict
 
-NOT_A_TOKEN = -1  # the bonus where the target's logits were not numbers
 PARTS = ("propose", "score", "accept", "commit", "host")
 
 
@@ -84,8 +86,13 @@ class Sequence:
         return len(kept)
 
 
+Step = Callable[[list[Sequence]], tuple[list[TokenTree], list[Verdict]]]
+
+
 class Clock:
     """Step totals only: what a timed run may cost."""
+
+    splits: ClassVar[bool] = False  # whether it wants to know of the parts of a step
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.start = device, perf_counter()
@@ -94,14 +101,20 @@ class Clock:
         """A part of the step ended; a profiling clock writes it down."""
 
     def now(self) -> float:
-        """Seconds since the clock was made, when the device has done all that was asked of it."""
+        """Seconds since the clock was made. A step ends when its verdict has been read."""
+        return perf_counter() - self.start
+
+    def settled(self) -> float:
+        """The same, when the device has done all that was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return perf_counter() - self.start
+        return self.now()
 
 
 class ProfilingClock(Clock):
     """Seconds of each part, summed over steps. Synchronises after every part: never use it in a timed run."""
+
+    splits = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -109,7 +122,7 @@ class ProfilingClock(Clock):
         self._last = 0.0
 
     def lap(self, part: str) -> None:
-        now = self.now()
+        now = self.settled()
         self.parts[part] += now - self._last
         self._last = now
 
@@ -122,32 +135,50 @@ def decode(
     seqs: list[Sequence],
     clock: Clock | None = None,
 ) -> Iterator[list[tuple[Sequence, StepRecord]]]:
-    """Extend the sequences in place; yields an empty list when prefill is done, then each step's records."""
+    """Extend the sequences in place; yields an empty list when prefill is done, then each step's records.
+
+    What the caller does between two steps counts as part of the second.
+    """
     clock = clock or Clock(target.device)
     clock.lap("host")
     prefill(target, proposer, seqs)
     clock.lap("prefill")
-    began = clock.now()
+    step: Step = partial(host_step, target, proposer, accept, sampling, clock)
+    if not clock.splits:
+        step = device_step(target, proposer, accept, sampling, seqs) or step
+    began = clock.settled()
     yield []
     while live := [s for s in seqs if not s.done]:
-        trees = proposer.propose(live)
+        trees, verdicts = step(live)
         for seq, tree in zip(live, trees, strict=True):
             tree.check(seq.tokens[-1])
-        clock.lap("propose")
-        out = target.score(live, trees)
-        clock.lap("score")
-        verdicts = judge(accept, sampling, live, trees, out)
-        clock.lap("accept")
-        target.commit(live, verdicts)
-        clock.lap("commit")
-        proposer.observe(live, trees, verdicts, out)
-        clock.lap("propose")
         kept = [advance(seq, tree, verdict) for seq, tree, verdict in zip(live, trees, verdicts, strict=True)]
-        ended = clock.now()
-        rows = [record(*row, ended - began) for row in zip(live, trees, verdicts, kept, strict=True)]
+        began, ended = clock.now(), began
+        rows = [record(*row, began - ended) for row in zip(live, trees, verdicts, kept, strict=True)]
         clock.lap("host")
         yield list(zip(live, rows, strict=True))
-        began = clock.now()
+
+
+def host_step(
+    target: HFTarget,
+    proposer: Proposer,
+    accept: Rule,
+    sampling: Sampling,
+    clock: Clock,
+    live: list[Sequence],
+) -> tuple[list[TokenTree], list[Verdict]]:
+    """One step, call by call."""
+    trees = proposer.propose(live)
+    clock.lap("propose")
+    out = target.score(live, trees)
+    clock.lap("score")
+    verdicts = judge(accept, sampling, live, trees, out)
+    clock.lap("accept")
+    target.commit(live, verdicts)
+    clock.lap("commit")
+    proposer.observe(live, trees, verdicts, out)
+    clock.lap("propose")
+    return trees, verdicts
 
 
 def prefill(target: HFTarget, proposer: Proposer, seqs: list[Sequence]) -> None:
@@ -164,7 +195,7 @@ def judge(
     accept: Rule, sampling: Sampling, seqs: list[Sequence], trees: list[TokenTree], out: TargetOutput
 ) -> list[Verdict]:
     """The rule's verdict on every sequence: the one place where per-sequence rules meet the batch."""
-    if out.logits_BNV.is_cuda and type(accept).batch is not Rule.batch:
+    if out.logits_BNV.is_cuda and decides_on_device(accept):
         return judge_on_device(accept, sampling, seqs, trees, out)
     return [
         accept(tree, Laws(logits_NV, sampling, seq.where), seq.stream)
@@ -179,13 +210,7 @@ def judge_on_device(
     logits_BNV = out.logits_BNV
     batch = TreeBatch.pack(trees, logits_BNV.shape[1], logits_BNV.device)
     streams = StreamBatch.pack([seq.stream for seq in seqs], logits_BNV.device)
-    decided = accept.batch(batch, sampling.laws(logits_BNV), streams)
-    bad_B = (~logits_BNV.amax(-1).isfinite() & batch.real_BN).any(1)
-    verdicts = replace(decided, bonus_B=decided.bonus_B.masked_fill(bad_B, NOT_A_TOKEN)).unpack()
-    for seq, verdict in zip(seqs, verdicts, strict=True):
-        if verdict.bonus == NOT_A_TOKEN:
-            raise not_numbers(seq.where)
-    return verdicts
+    return checked(seqs, verdicts_of(accept, sampling, batch, logits_BNV, streams).unpack())
 
 
 def advance(seq: Sequence, tree: TokenTree, verdict: Verdict) -> int:

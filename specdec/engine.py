@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
@@ -19,25 +19,33 @@ class Engine:
     """Names as in conf/config.yaml.
 
     kernel  auto takes Triton on CUDA and SDPA elsewhere; triton on a CPU needs TRITON_INTERPRET=1
-    graphs  whether the step's forward is captured in a CUDA graph; None does so wherever it can be
+    graphs  what is captured in a CUDA graph: False, nothing; "score", the target's forward; "step", the whole
+            step, for proposers that draft on the device; None, as much as can be
+    compile  whether the target's layers go through torch.compile, which takes minutes at first
     """
 
     kernel: str = "auto"
-    graphs: bool | None = None
+    graphs: bool | str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
             raise ValueError(
                 f"engine.kernel is {self.kernel!r}, expected one of {', '.join(KERNELS)}: engine.kernel=auto"
             )
-        if self.graphs not in (None, True, False):
-            expected = "expected true, false, or null to choose"
+        if self.graphs not in (None, False, "score", "step"):
+            expected = "expected false, score, step, or null to choose"
             raise ValueError(f"engine.graphs is {self.graphs!r}, {expected}: engine.graphs=null")
 
     @property
     def implementation(self) -> str:
         """What the operations of specdec_kernels call the kernel."""
         return KERNELS[self.kernel]
+
+    @property
+    def whole_step(self) -> bool:
+        """Whether more than the forward is to be captured, where it can be."""
+        return self.graphs in (None, "step")
 
     def captures(self, device: torch.device, config: PreTrainedConfig) -> bool:
         """Whether forwards are captured. ValueError where they are asked to be and can't."""
@@ -48,8 +56,14 @@ class Engine:
         }
         obstacle = next((reason for reason, holds in reasons.items() if holds), None)
         if self.graphs and obstacle:
-            raise ValueError(f"engine.graphs=true, but {obstacle}: engine.graphs=null")
+            raise ValueError(f"engine.graphs={self.graphs}, but {obstacle}: engine.graphs=null")
         return self.graphs is not False and obstacle is None
+
+
+def compiled(layers: nn.ModuleList) -> dict[nn.Module, Callable[..., Any]]:
+    """Layers through torch.compile, to run in place of their own; attention and cache stay as they are."""
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each layer's number is compiled into it
+    return {layer: torch.compile(layer.forward) for layer in layers}
 
 
 class Graphs:
@@ -60,8 +74,19 @@ class Graphs:
 
     def run(self, key: Hashable, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
         """function(*inputs), whose shapes and addresses of everything else must be the same for a key."""
-        if key not in self._captured:
-            self._captured[key] = _Captured(function, inputs)
+        if not self.has(key):
+            self.capture(key, function, inputs)
+        return self.replay(key, inputs)
+
+    def has(self, key: Hashable) -> bool:
+        return key in self._captured
+
+    def capture(self, key: Hashable, function: Callable[..., Any], inputs: tuple[Tensor, ...] = ()) -> None:
+        """Capture a function, which runs a few times to warm up."""
+        self._captured[key] = _Captured(function, inputs)
+
+    def replay(self, key: Hashable, inputs: tuple[Tensor, ...] = ()) -> Any:
+        """What was captured, on these inputs."""
         return self._captured[key](inputs)
 
 

@@ -1,13 +1,19 @@
 """From logits to laws: temperature, top-k, top-p. One-hot at temperature 0, so greedy is no special case.
 
-Shapes: N nodes, V vocabulary, K candidates kept, X any leading shape.
+Shapes: B batch, N nodes, V vocabulary, K candidates kept, X any leading shape.
 """
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from specdec_kernels import sample_rows
+from specdec_kernels.philox import Purpose
+
+from .rng import StreamBatch
 
 HEAD = 512  # candidates tried before a whole row is sorted for top-p
 
@@ -93,6 +99,44 @@ class Laws:
                 raise not_numbers(self.where)
             self._seen[node] = self.sampling.law(logits_V)
         return self._seen[node]
+
+
+@dataclass(frozen=True)
+class LawBatch:
+    """The target's laws of a whole batch, computed as far as a rule asks, without a synchronisation."""
+
+    logits_BNV: Tensor
+    sampling: Sampling
+
+    @cached_property
+    def p_BNV(self) -> Tensor:
+        """float32: the laws themselves."""
+        return self.sampling.laws(self.logits_BNV)
+
+    def best(self) -> Tensor:
+        """int64 [B, N]: the most likely token at each node."""
+        return self.logits_BNV.argmax(-1)
+
+    def draw(self, streams: StreamBatch, depth_BN: Tensor) -> Tensor:
+        """int64 [B, N]: the target's own draw at each node, as Stream.draw_at's; -1 at a bad row."""
+        B, N, V = self.logits_BNV.shape
+        keys = (
+            streams.request_B[:, None],
+            streams.position_B[:, None] + depth_BN,
+            torch.zeros_like(depth_BN),
+        )
+        request_X, position_X, node_X = (key_BN.expand(B, N).reshape(-1) for key_BN in keys)
+        return sample_rows(
+            self.logits_BNV.reshape(-1, V),
+            streams.rng.seed,
+            request_X,
+            position_X,
+            node_X,
+            Purpose.TARGET,
+            temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+        ).view(B, N)
 
 
 def not_numbers(where: str) -> FloatingPointError:

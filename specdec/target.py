@@ -14,69 +14,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec_kernels import TreeMask, tree_attention
+from specdec_kernels import TreeMask
 
 from .architecture import decoder_layers, longest_text, refuse_unsupported, slides
+from .attention import ATTENTION
 from .cache import DeviceCache, SlotCache
-from .engine import Engine, Graphs
-from .packed import FEWEST, ROWS, packed_head, packed_layers, replaced
+from .engine import Engine, Graphs, compiled
+from .packed import FEWEST, ROWS, Forwards, packed_head, packed_layers, replaced
 from .transfer import in_dtype
 from .tree import TokenTree, TreeBatch, Verdict
 
 if TYPE_CHECKING:
     from .decode import Sequence
 
-ATTENTION = "specdec"
 PREFILL_CHUNK = 512
 SLACK = 128  # rows behind the longest text: a tree and its padding
 Tap = int | str
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    tree_mask: TreeMask | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    readers: dict[nn.Module, int | None] | None = None,
-    kernel: str = "auto",
-    **_: object,
-) -> tuple[Tensor, None]:
-    """What the models call for attention, by way of the attention registry: [B, T, H, D].
-
-    readers  collects who called, and with which window
-    """
-    causal = getattr(module, "is_causal", True)
-    if tree_mask is None or attention_mask is not None or position_bias is not None or not causal:
-        raise ValueError(
-            f"{type(module).__name__} calls attention in a way that a token tree does not support "
-            "(its own mask, a position bias, both directions, or no tree); choose another target.path"
-        )
-    if readers is not None:
-        readers[module] = sliding_window
-    out_BHTD = tree_attention(
-        query,
-        key,
-        value,
-        tree_mask,
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        window=sliding_window,
-        softcap=softcap,
-        sinks_H=s_aux,
-        impl=kernel,
-    )
-    return out_BHTD.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, attend)
 
 
 @dataclass
@@ -117,10 +72,16 @@ class HFTarget:
         self._graphs = Graphs() if self.engine.captures(self.device, self.config) else None
         self._cache_type = DeviceCache if self.device.type == "cuda" else SlotCache
         self._head = model.get_output_embeddings()
-        self._packed = packed_head(self._head) | packed_layers(model.base_model.get_decoder())
+        self._forwards = packed_head(self._head) | self._body()
         self.cache = self._cache_type(len(self.layers), 1, 0)
         model.set_attn_implementation(ATTENTION)
         self._probe()
+
+    def _body(self) -> Forwards:
+        """What runs in the place of modules of the decoder."""
+        if self.engine.compile:
+            return compiled(self.layers)
+        return packed_layers(self.model.base_model.get_decoder())
 
     def cast(self, dtype: torch.dtype) -> HFTarget:
         """The same target in another dtype, with weights of its own."""
@@ -159,7 +120,7 @@ class HFTarget:
         return {tap: torch.cat([empty, *(t[tap] for t in taps)]) for tap in self.needs_hidden}
 
     def _append(self, slot: int, chunk: list[int]) -> dict[Tap, Tensor]:
-        T = self._padded(len(chunk))
+        T = self.padded(len(chunk))
         tokens_1T = torch.tensor([chunk + [0] * (T - len(chunk))], device=self.device)
         depth_1T = torch.arange(T, device=self.device).unsqueeze(0)
         causal_1TT = torch.ones(1, T, T, dtype=torch.bool, device=self.device).tril()
@@ -175,7 +136,7 @@ class HFTarget:
         first, last = min(s.slot for s in seqs), max(s.slot for s in seqs)
         trees_of = {s.slot: tree for s, tree in zip(seqs, trees, strict=True)}
         span = list(range(first, last + 1))
-        nodes = since + self._padded(max(map(len, trees)) - since, len(span))
+        nodes = since + self.padded(max(map(len, trees)) - since, len(span))
         batch = TreeBatch.pack([trees_of.get(slot) or TokenTree([0]) for slot in span], nodes, self.device)
         logits_BNV, hidden = self._forward(
             span, batch.tokens_BN[:, since:], batch.depth_BN, batch.ancestors_BNN[:, since:], self.model
@@ -183,6 +144,17 @@ class HFTarget:
         if (rows := [s.slot - first for s in seqs]) == list(range(len(span))):
             return TargetOutput(logits_BNV, hidden)
         return TargetOutput(logits_BNV[rows], {tap: h_BND[rows] for tap, h_BND in hidden.items()})
+
+    def score_device(self, prefix_B: Tensor, trees: TreeBatch, since: int = 0) -> TargetOutput:
+        """The same for all slots from the first on, told by tensors. prefix_B: rows that each has cached."""
+        slots = list(range(len(prefix_B)))
+        tree = (trees.tokens_BN[:, since:], trees.depth_BN, trees.ancestors_BNN[:, since:])
+        return TargetOutput(*self._run(slots, self.model, prefix_B, *tree))
+
+    @property
+    def captures(self) -> bool:
+        """Whether forwards are captured in CUDA graphs."""
+        return self._graphs is not None
 
     def commit(self, seqs: list[Sequence], verdicts: list[Verdict]) -> None:
         """Keep the rows of each root and accepted path, in order."""
@@ -226,7 +198,7 @@ class HFTarget:
         self.cache.aim(slots, prefix_B, C - T, T)
         with (
             tapped(self.model.base_model.get_decoder(), self.layers, self.needs_hidden) as hidden,
-            replaced(self._packed),
+            replaced(self._forwards),
         ):
             out = module(
                 input_ids=tokens_BT,
@@ -240,9 +212,9 @@ class HFTarget:
             )
         return getattr(out, "logits", None), hidden
 
-    def _padded(self, rows: int, batch: int = 1) -> int:
+    def padded(self, rows: int, batch: int = 1) -> int:
         """Rows to run: as many as layers are packed for, else few sizes."""
-        packed = self.dtype == torch.float32 and len(self._packed) > 1
+        packed = self.dtype == torch.float32 and len(self._forwards) > 1 and not self.engine.compile
         if packed and FEWEST <= rows * batch <= ROWS and ROWS % batch == 0:
             return ROWS // batch
         return few_sizes(rows, self.dtype)
@@ -250,7 +222,7 @@ class HFTarget:
     def _probe(self) -> None:
         """ValueError unless a small tree shows that attention, window and positions are left to us."""
         self.reserve(1, 1)
-        batch = TreeBatch.pack([TokenTree([1, 2, 2], [-1, 0, 0])], self._padded(3), self.device)
+        batch = TreeBatch.pack([TokenTree([1, 2, 2], [-1, 0, 0])], self.padded(3), self.device)
         readers: dict[nn.Module, int | None] = {}
         logits_1NV, _ = self._forward(
             [0], batch.tokens_BN, batch.depth_BN, batch.ancestors_BNN, self.model, readers=readers

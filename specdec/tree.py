@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec_kernels import words
@@ -146,6 +147,29 @@ class TreeBatch:
             _pack_q(trees, nodes, device),
             drawn_BN,
         )
+
+    def cut(self, levels_B: Tensor) -> "TreeBatch":
+        """Without the nodes deeper than `levels_B`, which must be the last of their trees."""
+        left_BN = levels_B.unsqueeze(1) - self.depth_BN
+        kept_BN = self.real_BN & (left_BN >= 0)
+        return TreeBatch(
+            torch.where(kept_BN, self.tokens_BN, 0),
+            torch.where(kept_BN, self.parents_BN, -1),
+            kept_BN.sum(1),
+            torch.where(kept_BN, self.depth_BN, 0),
+            self.q_BNV,
+            self.drawn_BN & kept_BN & (left_BN > 0),
+        )
+
+    def padded(self, nodes: int) -> "TreeBatch":
+        """The same with so many nodes."""
+        more = nodes - self.tokens_BN.shape[1]
+        q_BNV = None if self.q_BNV is None else F.pad(self.q_BNV, (0, 0, 0, more))
+        parents_BN = F.pad(self.parents_BN, (0, more), value=-1)
+        tokens_BN, depth_BN, drawn_BN = (
+            F.pad(x_BN, (0, more)) for x_BN in (self.tokens_BN, self.depth_BN, self.drawn_BN)
+        )
+        return TreeBatch(tokens_BN, parents_BN, self.n_B, depth_BN, q_BNV, drawn_BN)
 
     @property
     def real_BN(self) -> Tensor:

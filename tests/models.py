@@ -1,5 +1,6 @@
 """Tiny targets in float32 on the CPU, and short ways to run the loop on them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,12 @@ from transformers import PreTrainedModel
 from specdec.accept import Match, Rule
 from specdec.config import as_target
 from specdec.decode import Sequence, decode
+from specdec.engine import Graphs
 from specdec.loading import Loaded, fingerprint, random_model
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_lm import DraftLM
 from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Head, Eagle3Info, save
-from specdec.proposers.medusa import MedusaHeads, MedusaInfo
+from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
 from specdec.proposers.none import NoDraft
 from specdec.records import StepRecord
 from specdec.rng import Philox
@@ -45,17 +47,24 @@ def tiny(architecture: str = "llama") -> HFTarget:
     return as_target(_tiny(architecture))
 
 
-@cache
-def cyclic() -> HFTarget:
-    """A target that always says CYCLE[t] after t: its layers add nothing, its LM head is a permutation."""
+def saying(follows: list[list[int]]) -> HFTarget:
+    """A target that says any of follows[t] after t: its layers add nothing, its LM head looks them up."""
     loaded = random_model(config={"vocab_size": VOCAB, "hidden_size": VOCAB}, device="cpu")
     with torch.no_grad():
         for layer in loaded.model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         loaded.model.model.embed_tokens.weight.copy_(torch.eye(VOCAB))
-        loaded.model.lm_head.weight[CYCLE] = 4 * torch.eye(VOCAB)
+        loaded.model.lm_head.weight.zero_()
+        for token, said in enumerate(follows):
+            loaded.model.lm_head.weight[said, token] = 4
     return as_target(replace(loaded, fingerprint=fingerprint(loaded.model)))
+
+
+@cache
+def cyclic() -> HFTarget:
+    """A target that always says CYCLE[t] after t."""
+    return saying([[said] for said in CYCLE])
 
 
 def cyclic_heads() -> MedusaHeads:
@@ -68,11 +77,13 @@ def cyclic_heads() -> MedusaHeads:
     return heads
 
 
-def untrained_heads(target: HFTarget, tokens: list[int]) -> MedusaHeads:
+def untrained_heads(target: HFTarget, tokens: list[int], hydra: bool = False) -> MedusaHeads:
     """Heads with random weights that draft `tokens` only."""
     tokens_U = torch.tensor(tokens)
-    heads = MedusaHeads(len(ACCURACY), target.lm_head[tokens_U], tokens_U)
+    heads = MedusaHeads(len(ACCURACY), target.lm_head[tokens_U], tokens_U, hydra=hydra)
     with torch.no_grad():
+        if hydra:
+            heads.path_PDD.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
         heads.weight_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
         heads.root_KDD.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     return heads
@@ -171,3 +182,12 @@ def check_draft_cache(proposer: DraftLM, seqs: list[Sequence]) -> None:
         for heads, stack in fresh.cache._stacks.items():
             got = draft.cache._stacks[heads][:, seq.slot, :, :rows]
             assert torch.allclose(got, stack[:, 0, :, :rows], atol=1e-4), "the draft's cache is stale"
+
+
+class Uncaptured(Graphs):
+    """Graphs where there are none: functions run as often as they would, warming up included."""
+
+    def capture(self, key: object, function: Callable, inputs: tuple = ()) -> None:
+        for _ in range(3):
+            function(*inputs)
+        self._captured[key] = lambda given: function(*given)

@@ -23,7 +23,7 @@ from specdec.accept import (
     strike,
 )
 from specdec.rng import Key, Philox, Purpose, Replay, Stream, StreamBatch
-from specdec.sampling import Laws, Sampling
+from specdec.sampling import LawBatch, Laws, Sampling
 from specdec.tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 from specdec_kernels.philox import coins, race, rows
 
@@ -89,8 +89,24 @@ def random_batch(rule: Rule, seed: int) -> tuple[list[TokenTree], Tensor, list[S
     return trees, p_BNV, streams
 
 
-def batched(rule: Rule, trees: list[TokenTree], p_BNV: Tensor, streams: list[Stream]) -> VerdictBatch:
-    return rule.batch(TreeBatch.pack(trees, p_BNV.shape[1]), p_BNV, StreamBatch.pack(streams))
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Laws that are given, where `LawBatch` makes them of logits."""
+
+    p_BNV: Tensor
+
+    def best(self) -> Tensor:
+        return self.p_BNV.argmax(-1)
+
+    def draw(self, streams: StreamBatch, depth_BN: Tensor) -> Tensor:
+        return streams.draw_at(self.p_BNV, depth_BN)
+
+
+def batched(
+    rule: Rule, trees: list[TokenTree], p: Tensor | LawBatch, streams: list[Stream], nodes: int = 10
+) -> VerdictBatch:
+    laws = p if isinstance(p, LawBatch) else Given(p)
+    return rule.batch(TreeBatch.pack(trees, nodes), laws, StreamBatch.pack(streams))
 
 
 def one_by_one(rule: Rule, trees: list[TokenTree], p_BNV: Tensor, streams: list[Stream]) -> list[Verdict]:
@@ -111,13 +127,13 @@ def test_pads_never_matter(rule: Rule) -> None:
     trees, p_BNV, streams = random_batch(rule, 0)
     real_BN = torch.arange(10) < torch.tensor([len(t) for t in trees]).unsqueeze(1)
     packed = TreeBatch.pack(trees, 10)
-    want = rule.batch(packed, p_BNV, StreamBatch.pack(streams)).unpack()
+    want = rule.batch(packed, Given(p_BNV), StreamBatch.pack(streams)).unpack()
     q_BNV = None if packed.q_BNV is None else torch.where(real_BN.unsqueeze(-1), packed.q_BNV, torch.nan)
     noisy = dataclasses.replace(packed, tokens_BN=torch.where(real_BN, packed.tokens_BN, 3), q_BNV=q_BNV)
     p_BNV = torch.where(real_BN.unsqueeze(-1), p_BNV, torch.nan)
-    assert rule.batch(noisy, p_BNV, StreamBatch.pack(streams)).unpack() == want
+    assert rule.batch(noisy, Given(p_BNV), StreamBatch.pack(streams)).unpack() == want
     wider = torch.cat([p_BNV, p_BNV], dim=1)
-    assert batched(rule, trees, wider, streams).unpack() == want
+    assert batched(rule, trees, wider, streams, 20).unpack() == want
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -161,7 +177,7 @@ def test_laws_computed_on_demand_are_as_good_as_a_table(rule: Rule) -> None:
     trees, p_BNV, streams = random_batch(rule, 3)
     logits_BNV, sampling = (5 * p_BNV).exp(), Sampling(temperature=0.8, top_k=6, top_p=0.95)
     lazy = [rule(t, Laws(x, sampling), s) for t, x, s in zip(trees, logits_BNV, streams, strict=True)]
-    assert lazy == batched(rule, trees, sampling.laws(logits_BNV), streams).unpack()
+    assert lazy == batched(rule, trees, LawBatch(logits_BNV, sampling), streams).unpack()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +246,7 @@ def emit(exponent: float, steps: int = 2000) -> tuple[list[int], list[Tensor]]:
         torch.tensor([True, True, False]).expand(steps, 3),
     )
     chains = dataclasses.replace(chains, q_BNV=claimed_BNV, drawn_BN=drawn_BN)
-    verdicts = Rejection().batch(chains, p_BNV, streams).unpack()
+    verdicts = Rejection().batch(chains, Given(p_BNV), streams).unpack()
     emitted = [[int(chains.tokens_BN[b, n]) for n in v.path_A] + [v.bonus] for b, v in enumerate(verdicts)]
     laws = [p_BNV[b, n] for b, tokens in enumerate(emitted) for n in range(len(tokens))]
     return list(itertools.chain(*emitted))[:4000], laws[:4000]

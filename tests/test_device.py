@@ -83,7 +83,10 @@ def test_logits_that_are_not_numbers_name_the_request(monkeypatch: pytest.Monkey
             {"kernel": "cuda"},
             r"engine.kernel is 'cuda', expected one of auto, triton, sdpa: engine.kernel=auto",
         ),
-        ({"graphs": "yes"}, r"engine.graphs is 'yes', expected true, false, or null .*engine.graphs=null"),
+        (
+            {"graphs": "yes"},
+            r"engine.graphs is 'yes', expected false, score, step, or null .*engine.graphs=null",
+        ),
     ],
 )
 def test_wrong_settings_of_the_engine(wrong: dict, message: str) -> None:
@@ -93,21 +96,21 @@ def test_wrong_settings_of_the_engine(wrong: dict, message: str) -> None:
 
 def test_graphs_are_refused_where_they_cannot_be() -> None:
     config = tiny_model().config
-    with pytest.raises(ValueError, match=r"engine.graphs=true, but the target is on cpu.*engine.graphs=null"):
-        HFTarget(tiny_model(), engine=Engine(graphs=True))
+    with pytest.raises(ValueError, match=r"engine.graphs=score, but .* is on cpu.*engine.graphs=null"):
+        HFTarget(tiny_model(), engine=Engine(graphs="score"))
     assert not Engine().captures(torch.device("cpu"), config)
     assert Engine().captures(torch.device("cuda"), config)
     assert not Engine(graphs=False).captures(torch.device("cuda"), config)
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert not Engine().captures(torch.device("cuda"), config)
     with pytest.raises(ValueError, match="its dynamic positions wait for the device"):
-        Engine(graphs=True).captures(torch.device("cuda"), config)
+        Engine(graphs="score").captures(torch.device("cuda"), config)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("graphs", [False, True])
-def test_the_text_is_the_same_on_a_gpu(case: str, graphs: bool) -> None:
+@pytest.mark.parametrize("graphs", [False, "score"])
+def test_the_text_is_the_same_on_a_gpu(case: str, graphs: bool | str) -> None:
     want = texts(HFTarget(tiny_model()), *CASES[case])
     target = HFTarget(
         random_model(config={"vocab_size": 32}, device="cuda").model, engine=Engine(graphs=graphs)
@@ -123,3 +126,15 @@ def test_a_graph_reads_its_inputs_anew() -> None:
     second = graphs.run("double", lambda t: {"y": 2 * t}, (x + 1,))["y"]
     assert first.tolist() == [0, 2, 4, 6]
     assert second.tolist() == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_compiled_layers_say_the_same() -> None:
+    """Few kernels are compiled: not one a layer."""
+    model = random_model(config={"vocab_size": 32, "num_hidden_layers": 12}, device="cpu").model
+    want = texts(HFTarget(model), *CASES["match"])
+    compiled = HFTarget(model, engine=Engine(compile=True))
+    assert texts(compiled, *CASES["match"]) == want
+    assert "forward" not in vars(compiled.layers[0]), "the model itself stays as it was"
+    counts = torch._dynamo.utils.counters["stats"]
+    assert counts["unique_graphs"] < 2 * 12

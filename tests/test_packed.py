@@ -61,7 +61,7 @@ def test_bfloat16_is_packed_where_the_cpu_knows_it(monkeypatch: pytest.MonkeyPat
     ("rows", "batch", "run"), [(1, 1, 1), (3, 1, 3), (4, 1, 8), (8, 1, 8), (9, 1, 9), (3, 2, 4), (2, 3, 2)]
 )
 def test_rows_are_padded_to_what_is_packed(rows: int, batch: int, run: int) -> None:
-    assert tiny()._padded(rows, batch) == run
+    assert tiny().padded(rows, batch) == run
 
 
 def test_other_modules_are_left_alone() -> None:

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from specdec import target as target_module
+from specdec.attention import attend
 from specdec.cache import SlotCache
-from specdec.target import HFTarget, attend
+from specdec.target import HFTarget
 from specdec.tree import TokenTree, TreeBatch, Verdict
 from specdec_kernels import TreeMask
 
@@ -291,7 +292,7 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for padded in (True, False):
         target = make_target("mistral", dtype=torch.bfloat16)
         if not padded:
-            monkeypatch.setattr(target, "_padded", lambda rows, batch=1: rows)
+            monkeypatch.setattr(target, "padded", lambda rows, batch=1: rows)
         target.reserve(1, 64)
         target.prefill(0, text[:-1])
         scores[padded] = target.score([seq], [tree]).logits_BNV[0]

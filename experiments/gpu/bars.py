@@ -98,7 +98,7 @@ def _graphs_against(slower: str, faster: str) -> Callable[[Figures, str], float]
     return lambda figures, shape: figures.times("step", shape, slower, faster)
 
 
-STEP, WHOLE_STEP, NO_GRAPHS = "triton, graphs", "triton, whole step", "triton, no graphs"
+STEP, SCORE, NO_GRAPHS = "triton, whole step", "triton, graphs", "triton, no graphs"
 LONG = tuple(f"8B {length} T{T}" for length in ("32k", "128k") for T in (1, 8, 16))
 MIDDLE = tuple(f"8B 8k T{T}" for T in (1, 8, 16))
 WIDE = ("8B 32k T64",)
@@ -124,7 +124,7 @@ BARS = (
     ),
     Bar("8B, 2k, batch 1, 16 nodes: host share of a step ≤ 0.05", 0.05, _host_share, (SIXTEEN,), limit=True),
     Bar(
-        "8B, 2k, batch 1, 16 nodes: score in a graph ≥ 1.5x engine.graphs=false",
+        "8B, 2k, batch 1, 16 nodes: whole step in a graph ≥ 1.5x engine.graphs=false",
         1.5,
         _graphs_against(NO_GRAPHS, STEP),
         (SIXTEEN,),
@@ -132,7 +132,7 @@ BARS = (
     Bar(
         "8B, 2k, batch 1, 16 nodes: whole step in a graph ≥ 1.1x score alone",
         1.1,
-        _graphs_against(STEP, WHOLE_STEP),
+        _graphs_against(SCORE, STEP),
         (SIXTEEN,),
     ),
 )

@@ -6,11 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.accept import Greedy, Match, Recursive
+from specdec.decode import Sequence, decode
+from specdec.engine import Engine
+from specdec.loading import random_model
+from specdec.proposers.draft_lm import DraftLM
+from specdec.rng import Philox
+from specdec.sampling import Sampling
+from specdec.target import HFTarget
+from specdec.trees import Sampled, TopK
 from specdec_kernels.listing import Case, cases
 from specdec_kernels.tree_attention import tree_attention
 
 from .attention import TOLERANCES, relative_error, specification
 from .record import Record, Skip
+from .steps import CAPTURED
 
 DIFFERING_ROWS = 0.005  # of integers: sums in another order turn a draw at an edge, once in thousands
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 3, 9], [1], [4, 4, 4, 2, 2, 5, 6, 7, 9, 9]]
@@ -80,42 +90,36 @@ def determinism(record: Record, case: Case, runs: int, device: torch.device, dty
         record.add(kind, name, case.name, "triton", f"{different} of {runs} runs differ")
 
 
-def loop(record: Record, rule: str, graphs: bool, device: torch.device) -> None:
+def loop(record: Record, rule: str, graphs: bool | str, device: torch.device) -> None:
     """A tiny target in float32 says the same here as on the CPU with the naive kernels."""
-    provider = "triton, graphs" if graphs else "triton, no graphs"
+    provider = f"triton, {CAPTURED[graphs]}"
     with record.attempt("check loop", rule, provider):
         if graphs and device.type != "cuda":
             raise Skip("graphs are CUDA's")
-        got, want = _texts(rule, device, graphs), _texts(rule, torch.device("cpu"), None)
+        engine, whole = Engine(kernel="triton", graphs=graphs), graphs == "step"
+        got = _texts(rule, device, engine, whole)
+        want = _texts(rule, torch.device("cpu"), Engine(kernel="sdpa"), whole)
         same = sum(g == w for g, w in zip(got, want, strict=True))
         kind = "passed" if same == len(want) else "failed"
         record.add(kind, "check loop", rule, provider, f"{same} of {len(want)} texts are the same")
 
 
-def _texts(rule: str, device: torch.device, graphs: bool | None) -> list[list[int]]:
-    """What the loop answers. graphs None: the naive kernels."""
-    from specdec.accept import Greedy, Match, Recursive
-    from specdec.decode import Sequence, decode
-    from specdec.engine import Engine
-    from specdec.loading import random_model
-    from specdec.proposers.draft_lm import DraftLM
-    from specdec.rng import Philox
-    from specdec.sampling import Sampling
-    from specdec.target import HFTarget
-    from specdec.trees import Sampled, TopK
-
+def _texts(rule: str, device: torch.device, engine: Engine, whole: bool) -> list[list[int]]:
+    """What the loop answers. whole: with drafts that stay on the device, chains behind two tokens or more."""
     sampled, widths = Sampling(temperature=1.0, top_p=0.9), {"depth": 3, "widths": (2, 2, 1)}
+    if whole:
+        widths["widths"] = (1, 1, 1)
     accept, sampling, tree = {
         "greedy": (Greedy(), Sampling(), TopK(**widths)),
         "match": (Match(), sampled, TopK(**widths)),
         "recursive": (Recursive(), sampled, Sampled(**widths)),
     }[rule]
-    engine = Engine(kernel="sdpa") if graphs is None else Engine(kernel="triton", graphs=graphs)
     model = random_model(config={"vocab_size": 32}, device=device.type).model
     target = HFTarget(model, engine=engine)
     # The interpreter takes a second for what a GPU does in a millisecond.
     few, length = (4, 24) if torch.cuda.is_available() else (1, 4)
-    seqs = [Sequence(i, list(p), length, Philox(3)) for i, p in enumerate(PROMPTS[:few])]
+    prompts = [p for p in PROMPTS[:few] if len(p) > 1 or not whole]
+    seqs = [Sequence(i, list(p), length, Philox(3)) for i, p in enumerate(prompts)]
     for _ in decode(target, DraftLM(target, tree, layers=1), accept, sampling, seqs):
         pass
     return [seq.new_tokens for seq in seqs]

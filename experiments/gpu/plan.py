@@ -49,13 +49,14 @@ class Plan:
     def checks(self) -> Iterator[Task]:
         """Loop and determinism, then every case of the listing, toys in both dtypes first."""
         rules = LOOP_RULES if self.device.type == "cuda" else LOOP_RULES[1:2]
-        for rule, graphs in product(rules, (True, False)):
+        for rule, graphs in product(rules, ("step", "score", False)):
             run = partial(checks.loop, self.record, rule, graphs, self.device)
             yield Task("check loop", rule, run)
         runs = 1000 if self.device.type == "cuda" else 3
         for case in self._named(("plain",) if self.dry else ("8B 8k T16", "8B ragged T16")):
             given = (self.record, case, runs, self.device, self.dtypes[0])
             yield Task("check determinism", case.name, partial(checks.determinism, *given))
+            yield Task("check last block", case.name, partial(attention.check_last_block, *given))
         for dtype in self.dtypes:
             yield from self._checks(dtype, toy=True)
         if not self.dry:
@@ -81,20 +82,21 @@ class Plan:
         rest = [c for c in cases(attention.OPERATION) if c.toy == self.dry and c not in shapes]
         yield Task("copy, gemm", "", partial(timing.ceilings, self.record, self.device))
         yield from self._attention(shapes[:3], attention.QUICK)
-        yield from self._attention(self._batches(), ("triton",))
-        yield from self._steps(steps, first, "triton", True, profiled=True)
+        yield from self._attention(self._batches(), attention.OURS)
+        yield from self._steps(steps, first, "triton", "step", profiled=True)
+        yield from self._steps(steps, first, "triton", "score")
         yield from self._steps(steps, first, "triton", False)
         yield from self._attention(shapes[3:], attention.QUICK)
         yield from self._attention(shapes, attention.SLOW)
         for cell in others:
-            yield from self._steps(steps, cell, "triton", True)
+            yield from self._steps(steps, cell, "triton", "step")
         yield from self._attention(rest, tuple(attention.PROVIDERS) if self.dry else attention.QUICK)
         for operation in (o for o in OPERATIONS if o != attention.OPERATION):
             yield from self._operation(operation)
-        for cell, graphs in product([first, *others], (True, False)):
+        for cell, graphs in product([first, *others], ("step", False)):
             yield from self._steps(steps, cell, "sdpa", graphs)
-        for cell in others:
-            yield from self._steps(steps, cell, "triton", False)
+        for cell, graphs in product(others, ("score", False)):
+            yield from self._steps(steps, cell, "triton", graphs)
 
     def _named(self, names: tuple[str, ...]) -> list[Case]:
         known = {case.name: case for case in cases(attention.OPERATION)}
@@ -122,7 +124,7 @@ class Plan:
         return [[Cell(name, n, batch, count) for count in nodes] for (name, n), batch in places]
 
     def _steps(
-        self, steps: Steps, cells: list[Cell], kernel: str, graphs: bool, profiled: bool = False
+        self, steps: Steps, cells: list[Cell], kernel: str, graphs: bool | str, profiled: bool = False
     ) -> Iterator[Task]:
         for cell in cells:
             run = partial(steps.measure, cell, kernel, graphs, profiled)

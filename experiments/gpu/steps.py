@@ -1,24 +1,36 @@
-"""The verify step of a real architecture: random weights made on the device, random keys and values."""
+"""The step of a real architecture: random weights made on the device, random keys and values.
 
+Medusa heads, random too, draft a static tree; a step of one node is plain decoding.
+"""
+
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from specdec.accept import Greedy
-from specdec.decode import Sequence, judge
+from specdec.decode import Clock, Sequence, host_step, prefill
+from specdec.device_step import device_step
 from specdec.engine import Engine
+from specdec.proposers.base import Proposer
+from specdec.proposers.medusa import Medusa
+from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
+from specdec.proposers.none import NoDraft
 from specdec.rng import Philox
 from specdec.sampling import Sampling
 from specdec.target import HFTarget
-from specdec.tree import TokenTree
+from specdec.trees import Chain, Static
 
 from .record import Record, Skip, release
-from .timing import Call, busy, wall
+from .timing import STRIDE, Call, busy, wall
 
-WIDTH = 3  # children of a node of the tree
+HEADS, DRAFT_VOCAB = 3, 8192
+CAPTURED = {False: "no graphs", "score": "graphs", "step": "whole step"}
+SPARE = 1024  # tokens that a measurement may add to a context
 LAYERS_8B = 32
 SHAPE_8B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256}
 SHAPE_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -62,9 +74,12 @@ class Steps:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.eval().requires_grad_(False)
 
-    def measure(self, cell: Cell, kernel: str, graphs: bool, profiled: bool = False) -> None:
-        """Time of a whole step; profiled: also how much of it the GPU works."""
-        provider = f"{kernel}, {'graphs' if graphs else 'no graphs'}"
+    def measure(self, cell: Cell, kernel: str, graphs: bool | str, profiled: bool = False) -> None:
+        """Time of a whole step; profiled: also how much of it the GPU works.
+
+        graphs  what is captured: nothing, the target's forward, or the whole step
+        """
+        provider = f"{kernel}, {CAPTURED[graphs]}"
         release()  # the cell before may have held half of the GPU's memory
         with self.record.attempt("step", self.name(cell), provider):
             step = self._step(cell, Engine(kernel, graphs=self._possible(graphs)))
@@ -74,7 +89,7 @@ class Steps:
                 with self.record.attempt("step, device busy", self.name(cell), provider):
                     self.record.timed("step, device busy", self.name(cell), provider, self._busy(step))
 
-    def _possible(self, graphs: bool) -> bool:
+    def _possible(self, graphs: bool | str) -> bool | str:
         if graphs and self.device.type != "cuda":
             raise Skip("graphs are CUDA's")
         return graphs
@@ -94,22 +109,48 @@ class Steps:
         return self.model.dtype.itemsize * (weights + row * cell.batch * (cell.context + cell.nodes))
 
     def _step(self, cell: Cell, engine: Engine) -> Call:
-        """Score, judge, commit: what a step of the loop does besides drafting, always at the same context."""
+        """STRIDE steps of the loop, from about the same context every time."""
         target = HFTarget(self.model, engine=engine)
-        tree = TokenTree(list(range(cell.nodes)), [-1, *((n - 1) // WIDTH for n in range(1, cell.nodes))])
-        trees = [tree] * cell.batch
-        seqs = [Sequence(i, [0], 1, Philox(0), slot=i) for i in range(cell.batch)]
-        target.reserve(cell.batch, cell.context + cell.nodes)
+        proposer = self._proposer(target, cell.nodes)
+        rule, sampling, clock = Greedy(), Sampling(), Clock(self.device)
+        seqs = [Sequence(i, [0], cell.context + SPARE, Philox(0)) for i in range(cell.batch)]
+        prefill(target, proposer, seqs)
+        self._fill(target, proposer, seqs, cell.context)
+        whole = device_step(target, proposer, rule, sampling, seqs) if engine.graphs == "step" else None
+        start = whole.texts.clone() if whole else None
 
-        def step() -> None:
-            out = target.score(seqs, trees)
-            target.commit(seqs, judge(Greedy(), Sampling(), seqs, trees, out))
+        def on_the_host() -> None:
             target.cache.lengths = [cell.context] * cell.batch
+            for _ in range(STRIDE):
+                host_step(target, proposer, rule, sampling, clock, seqs)
 
-        step()  # the first one makes the cache
+        def on_the_device() -> None:
+            whole.texts.copy_(start)
+            for _ in range(STRIDE):
+                whole(seqs)
+
+        return on_the_device if whole else on_the_host
+
+    def _proposer(self, target: HFTarget, nodes: int) -> Proposer:
+        if nodes == 1:
+            return NoDraft(target, Chain())
+        tokens_U = torch.arange(min(DRAFT_VOCAB, target.vocab), device=self.device)
+        heads = MedusaHeads(HEADS, target.lm_head[tokens_U], tokens_U)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "heads.safetensors"
+            heads.save(file, MedusaInfo(HEADS, target.lm_head.shape[1], target.name, target.fingerprint, []))
+            return Medusa(target, Static(nodes=nodes, depth=HEADS), heads=str(file))
+
+    def _fill(self, target: HFTarget, proposer: Proposer, seqs: list[Sequence], context: int) -> None:
+        """Random keys, values and hidden states of a text of that length."""
+        target._append(0, [0])  # the first forward makes the cache
         # Not the default generator: a capture that failed leaves that one unusable.
         generator = torch.Generator(self.device).manual_seed(0)
         with torch.inference_mode():
             for stack in target.cache._stacks.values():
                 stack.normal_(generator=generator)
-        return step
+        target.cache.lengths = [context] * len(seqs)
+        hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.device)
+        for seq in seqs:
+            seq.tokens = [0] * (context + 1)
+        proposer.start(seqs, [{"final": hidden} for _ in seqs])

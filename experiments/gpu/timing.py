@@ -23,6 +23,7 @@ L2_TIMES = 2  # inputs of a rotation, in caches: enough that every call finds it
 SHARE = 8  # the sets may take one part in so many of the GPU's memory
 REPLAY_MS = 20
 STEP_SECONDS = 1.0
+STRIDE = 8  # steps between two looks at the clock: a verdict that is read late is waited for once
 Call = Callable[[], Any]
 
 
@@ -70,28 +71,28 @@ def synchronise() -> None:
 
 
 def wall(step: Call, dry: bool) -> Timing:
-    """Of a step as its user waits for it, host included."""
+    """Of a step as its user waits for it, host included; `step` takes STRIDE of them, as a loop does."""
     warm_ups, most = (1, 2) if dry else (5, 40)
     for _ in range(warm_ups):
         step()
     samples_ms: list[float] = []
     while len(samples_ms) < most and sum(samples_ms) < 1e3 * STEP_SECONDS:
         samples_ms.append(clocked(step))
-    return Timing.of(samples_ms)
+    return Timing.of([ms / STRIDE for ms in samples_ms])
 
 
-def busy(step: Call, steps: int = 5) -> Timing:
-    """Time of a step during which the GPU works, as the profiler saw it."""
+def busy(step: Call, times: int = 2) -> Timing:
+    """Time of a step during which the GPU works, as the profiler saw it; `step` takes STRIDE of them."""
     from torch.autograd import DeviceType
 
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     step()
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(steps):
+        for _ in range(times):
             step()
         synchronise()
     spans = [e.time_range for e in profile.events() if e.device_type == DeviceType.CUDA]
-    milliseconds = union([(span.start, span.end) for span in spans]) / steps / 1e3
+    milliseconds = union([(span.start, span.end) for span in spans]) / (times * STRIDE) / 1e3
     if not milliseconds:
         raise RuntimeError("the profiler saw no work on the GPU")
     return Timing(*[milliseconds] * 3)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..tree import TokenTree, Verdict
+from ..tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 from ..trees import DraftLaw, Growth, TreePolicy
 
 if TYPE_CHECKING:
+    from ..cache import SlotCache as Cache
     from ..decode import Sequence
+    from ..device_texts import DeviceTexts
     from ..target import HFTarget, TargetOutput
 
 
@@ -28,6 +31,7 @@ class Proposer(ABC):
 
     def __init__(self, target: HFTarget, tree: TreePolicy) -> None:
         self.target, self.tree = target, tree
+        self.steps: dict[Hashable, Any] = {}  # captured, see specdec.device_step
 
     def start(  # noqa: B027 - many proposers need no more than `propose`
         self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]
@@ -42,6 +46,29 @@ class Proposer(ABC):
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
         """The trees were verified; the sequences' tokens do not hold the new ones yet."""
+
+    # A proposer that also drafts on the device says so in `obstacle`, and has the whole step captured.
+
+    def obstacle(self, seqs: list[Sequence]) -> str | None:
+        """Why it can't draft on the device for sequences that were just started, where it can't."""
+        return f"{type(self).__name__} drafts on the host"
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Its caches on the device."""
+        return ()
+
+    def device_state(self, seqs: list[Sequence]) -> dict[str, Tensor]:
+        """What it keeps of sequences that were just started, as tensors whose first axis is theirs."""
+        return {}
+
+    def propose_device(self, texts: DeviceTexts) -> TreeBatch:
+        """The trees of `propose`, found without a synchronisation."""
+        raise NotImplementedError(f"{type(self).__name__} drafts on the host")
+
+    def observe_device(  # noqa: B027 - as above
+        self, texts: DeviceTexts, verdicts: VerdictBatch, out: TargetOutput
+    ) -> None:
+        """What `observe` does, on texts.draft in place."""
 
 
 class Grown(Proposer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from ..architecture import decoder_layers
 from ..loading import pretrained
 from ..target import HFTarget
-from ..tree import TokenTree, Verdict
-from ..trees import DraftLaw, followed
+from ..tree import TokenTree, TreeBatch, Verdict
+from ..trees import DraftLaw, Fixed, followed
+from ..trees.device import DeviceDraft, chains
 from ..zoo import zoo_file
 from .base import Grown, above_zero
 from .draft_head import causal_lm, load, with_part
@@ -26,7 +28,9 @@ from .draft_head import causal_lm, load, with_part
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..cache import SlotCache
     from ..decode import Sequence
+    from ..device_texts import DeviceTexts
     from ..target import TargetOutput
     from ..trees import TreePolicy
 
@@ -84,6 +88,15 @@ class DraftLM(Grown):
         else:
             model = self._distilled(heads or ZOO_DRAFT)
         self.draft = HFTarget(model, engine=target.engine)
+        self._known, self._named = self._vocabulary()
+
+    def _vocabulary(self) -> tuple[int, Tensor | None]:
+        """How many of the draft's tokens the target knows, and which they are; None for the first ones."""
+        if self.tokens_U is not None:
+            return len(self.tokens_U), self.tokens_U
+        common = min(self.draft.vocab, self.target.vocab)
+        whole = common == self.target.vocab
+        return common, None if whole else torch.arange(common, device=self.target.device)
 
     def _distilled(self, heads: str) -> PreTrainedModel:
         head, info = load(zoo_file(heads), self.target)
@@ -130,6 +143,32 @@ class DraftLM(Grown):
             for seq, frontier, logits_NV in zip(seqs, frontiers, out.logits_BNV, strict=True)
         ]
 
+    def obstacle(self, seqs: list[Sequence]) -> str | None:
+        if not (self.tree.chain and isinstance(self.tree, Fixed)):
+            return "a draft model drafts chains of known length on the device: tree=chain"
+        if min(len(s.tokens) for s in seqs) < 2:
+            return "a prompt of one token leaves its draft model nothing to read"
+        return self.tree.obstacle(self._known)
+
+    def caches(self) -> tuple[SlotCache, ...]:
+        return (self.draft.cache,)
+
+    def propose_device(self, texts: DeviceTexts) -> TreeBatch:
+        draft = DeviceDraft(partial(self._expand_device, texts), self.target.vocab, self._named)
+        return self.tree.grow_on_device(texts.root_B, texts.levels_B, draft, texts.streams)
+
+    def _expand_device(self, texts: DeviceTexts, paths_B1d: Tensor) -> Tensor:
+        """The law behind the chain so far [B, 1, U].
+
+        At the root the draft reads the token before as well: where a whole draft was accepted it has not yet,
+        and else it writes what is there already.
+        """
+        before_B1 = texts.tokens_BL.gather(1, texts.length_B.unsqueeze(1) - 2)
+        read_BN = torch.cat([before_B1, paths_B1d.squeeze(1)], 1).clamp(max=self.draft.vocab - 1)
+        since = 0 if paths_B1d.shape[2] == 1 else read_BN.shape[1] - 1
+        out = self.draft.score_device(texts.length_B - 2, chains(read_BN), since)
+        return self._logq(out.logits_BNV[:, -1:])
+
     def _behind_the_lag(self, seq: Sequence) -> TokenTree:
         lag, tree = seq.draft.lag, seq.draft.tree
         working = TokenTree.chain(seq.tokens[len(seq.tokens) - 1 - lag : -1])
@@ -143,14 +182,11 @@ class DraftLM(Grown):
         return [min(token, self.draft.vocab - 1) for token in tokens]
 
     def _law(self, logits_V: Tensor) -> DraftLaw:
+        return DraftLaw(self._logq(logits_V), self.target.vocab, self._named)
+
+    def _logq(self, logits_XV: Tensor) -> Tensor:
         """Over the common vocabulary: ids that the target does not know are masked before q is formed."""
-        if self.tokens_U is not None:
-            logq_U = torch.log_softmax(logits_V.float() / self.temperature, dim=-1)
-            return DraftLaw(logq_U, self.target.vocab, self.tokens_U)
-        common = min(self.draft.vocab, self.target.vocab)
-        logq_V = torch.log_softmax(logits_V[:common].float() / self.temperature, dim=-1)
-        tokens_V = None if common == self.target.vocab else torch.arange(common, device=logits_V.device)
-        return DraftLaw(logq_V, self.target.vocab, tokens_V)
+        return torch.log_softmax(logits_XV[..., : self._known].float() / self.temperature, dim=-1)
 
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput

@@ -1,154 +1,39 @@
-"""Medusa heads (Cai et al. 2024, arXiv:2401.10774): small residual heads that read what the LM head reads.
+"""Drafting with Medusa heads (Cai et al. 2024, arXiv:2401.10774) or Hydra's (Ankner et al. 2024, 2402.05109).
 
-Head k (1-based) says what stands k tokens behind the root, the token that the LM head said there. The root is
-known by then, so heads read its embedding too, as Hydra's first head does (2402.05109). The law at a node
-depends on its depth alone.
-Shapes: K heads, X positions, D width, V vocabulary, U draft vocabulary, R ranks.
+Medusa's laws depend on the depth alone: one forward says them all before a tree grows. Hydra's depend on the
+path: one forward a level says those of all its nodes, in the trees of all sequences.
+Shapes: K heads, B sequences, F nodes of a level, J tokens from the root down to a node, X nodes, N nodes of a
+tree, A accepted nodes, D width, U draft vocabulary.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..tree import TokenTree, Verdict
+from ..transfer import to_device
+from ..tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 from ..trees import DraftLaw
+from ..trees.device import DeviceDraft
 from ..zoo import zoo_file
 from .base import Grown, above_zero
+from .medusa_heads import MedusaHeads, MedusaInfo, token_embeddings
 
 if TYPE_CHECKING:
     from ..decode import Sequence
+    from ..device_texts import DeviceTexts
     from ..target import HFTarget, TargetOutput
     from ..trees import TreePolicy
 
-
-STORED = {
-    "weight_KDD": torch.bfloat16,
-    "root_KDD": torch.bfloat16,
-    "bias_KD": torch.bfloat16,
-    "tokens_U": torch.int32,
-}
-
-
-@dataclass(frozen=True)
-class MedusaInfo:
-    """What a file of heads says of itself.
-
-    accuracy_KR  [k][r]: how often the rank-r token of the k-th head was right on held-out text
-    """
-
-    heads: int
-    width: int
-    target: str
-    fingerprint: str
-    accuracy_KR: list[list[float]]
-
-
-class MedusaHeads(nn.Module):
-    """K residual blocks, h + silu(h W_k + r R_k + b_k), before the target's LM head cut to U tokens.
-
-    r is the root's embedding. W, R and b start at zero, so an untrained head repeats the LM head.
-    root  without it there is no R, as in the paper
-    own   with it every head has an LM head of its own, as in the paper
-    """
-
-    def __init__(
-        self, heads: int, lm_head_UD: Tensor, tokens_U: Tensor, *, root: bool = True, own: bool = False
-    ) -> None:
-        super().__init__()
-        width = lm_head_UD.shape[1]
-        self.weight_KDD = nn.Parameter(torch.zeros(heads, width, width))
-        self.root_KDD = nn.Parameter(torch.zeros(heads, width, width)) if root else None
-        self.bias_KD = nn.Parameter(torch.zeros(heads, width))
-        self.lm_head_KUD = nn.Parameter(lm_head_UD.repeat(heads, 1, 1)) if own else None
-        self.register_buffer("lm_head_UD", lm_head_UD, persistent=False)
-        self.register_buffer("tokens_U", tokens_U)
-
-    def forward(self, hidden_XD: Tensor, root_XD: Tensor) -> Tensor:
-        """Logits [K, X, U] over the draft vocabulary; root_XD as `root_embeddings` gives it."""
-        turned_KXD = hidden_XD @ self.weight_KDD
-        if self.root_KDD is not None:
-            turned_KXD = turned_KXD + root_XD @ self.root_KDD
-        read_KXD = hidden_XD + F.silu(turned_KXD + self.bias_KD.unsqueeze(1))
-        if self.lm_head_KUD is not None:
-            return read_KXD @ self.lm_head_KUD.mT
-        return F.linear(read_KXD, self.lm_head_UD)
-
-    def save(self, path: Path, info: MedusaInfo) -> None:
-        """Weights in bfloat16 and the draft vocabulary, as safetensors with `info` in its metadata."""
-        tensors = {name: t.to(STORED[name]).contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, path, metadata={"medusa": json.dumps(asdict(info))})
-
-    @classmethod
-    def load(cls, path: Path, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo]:
-        """Heads on the target's device and dtype. ValueError: no heads, damaged, or for another target."""
-        try:
-            with safe_open(path, "pt") as file:
-                info = MedusaInfo(**json.loads(file.metadata()["medusa"]))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"proposer.heads={path} is no file of Medusa heads ({error}); train one: "
-                "python -m specdec.train head=medusa"
-            ) from error
-        _check(path, info, tensors, target)
-        tokens_U = tensors["tokens_U"].long().to(target.device)
-        heads = cls(info.heads, target.lm_head[tokens_U], tokens_U, root="root_KDD" in tensors)
-        heads.load_state_dict(tensors | {"tokens_U": tokens_U.cpu()})
-        return heads.to(target.device, target.dtype).eval().requires_grad_(False), info
-
-
-def _check(path: Path, info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> None:
-    if problem := _problem(info, tensors, target):
-        raise ValueError(
-            f"{path.name} {problem}; choose heads trained for this target with proposer.heads=FILE, "
-            "or train some: python -m specdec.train head=medusa"
-        )
-
-
-def _problem(info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> str | None:
-    """What is wrong with a file of heads for this target, if anything is."""
-    (vocab, width), found = target.lm_head.shape, {name: tuple(t.shape) for name, t in tensors.items()}
-    square = ("weight_KDD", "root_KDD") if "root_KDD" in found else ("weight_KDD",)
-    shapes = dict.fromkeys(square, (info.heads, width, width))
-    shapes["bias_KD"] = (info.heads, width)
-    shapes["tokens_U"] = found.get("tokens_U", ())[:1]
-    if info.fingerprint != target.fingerprint:
-        return (
-            f"was trained for {info.target} (fingerprint {info.fingerprint}), "
-            f"this target is {target.name} ({target.fingerprint})"
-        )
-    if found != shapes:
-        return f"holds tensors {found}, expected {shapes}"
-    tokens_U = tensors["tokens_U"]
-    if (
-        not len(tokens_U)
-        or tokens_U.min() < 0
-        or tokens_U.max() >= vocab
-        or len(tokens_U.unique()) < len(tokens_U)
-    ):
-        return f"drafts from a vocabulary that is not one of different tokens of the target's {vocab}"
-    if not all(t.isfinite().all() for t in tensors.values()):
-        return "holds weights that are not finite"
-    return None
-
-
-def root_embeddings(target: HFTarget, tokens_X: Tensor) -> Tensor:
-    """[X, D]: the target's embeddings of tokens, scaled to a root mean square of 1 as hidden states are."""
-    embedding_XD = target.embedding[tokens_X.to(target.device)]
-    return F.rms_norm(embedding_XD, embedding_XD.shape[-1:])
+Node = tuple["Sequence", list[int]]  # the tokens lead from the sequence's root down to it
 
 
 class Medusa(Grown):
-    """Drafts with Medusa heads.
+    """Drafts with Medusa or Hydra heads, whichever the file holds.
 
     heads        file of heads, or the name of one in the zoo; or a folder or hub id of another project's
     temperature  of the draft's laws, where the tree draws from them
@@ -174,32 +59,91 @@ class Medusa(Grown):
             seq.draft = _Draft(taps["final"][-1:])
 
     def levels(self, seq: Sequence) -> int:
-        return min(super().levels(seq), len(seq.draft.laws))
+        return min(super().levels(seq), len(self.heads.bias_KD) if len(seq.draft.hidden_1D) else 0)
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
-        self._run_heads([s for s in seqs if len(s.draft.hidden_1D)])
+        if not self.heads.hydra and (read := [s for s in seqs if len(s.draft.hidden_1D)]):
+            self._run_heads(read)
         return super().propose(seqs)
 
     @torch.inference_mode()
     def _run_heads(self, seqs: list[Sequence]) -> None:
-        if not seqs:
-            return
-        root_BD = root_embeddings(self.target, torch.tensor([s.tokens[-1] for s in seqs]))
-        logits_KBU = self.heads(torch.cat([s.draft.hidden_1D for s in seqs]), root_BD).float()
-        logq_KBU = torch.log_softmax(logits_KBU / self.temperature, dim=-1)
+        root_BD = token_embeddings(self.target, torch.tensor([s.tokens[-1] for s in seqs]))
+        logits_KBU = self.heads(torch.cat([s.draft.hidden_1D for s in seqs]), root_BD)
+        laws = self._laws(logits_KBU.flatten(0, 1))
         for b, seq in enumerate(seqs):
-            seq.draft.laws = [
-                DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in logq_KBU[:, b]
-            ]
+            seq.draft.laws = laws[b :: len(seqs)]
 
     def expand(
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
+        if self.heads.hydra:
+            return self._along_paths(seqs, trees, frontiers)
         depths = [tree.depth_N for tree in trees]
         return [
             [seq.draft.laws[depth_N[node]] for node in frontier]
             for seq, depth_N, frontier in zip(seqs, depths, frontiers, strict=True)
         ]
+
+    def _along_paths(
+        self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
+    ) -> list[list[DraftLaw]]:
+        nodes = [
+            (seq, tokens_to(node, tree))
+            for seq, tree, frontier in zip(seqs, trees, frontiers, strict=True)
+            for node in frontier
+        ]
+        laws: dict[int, DraftLaw] = {}
+        for depth in {len(path) for _, path in nodes}:
+            level = [i for i, (_, path) in enumerate(nodes) if len(path) == depth]
+            laws |= zip(level, self._level([nodes[i] for i in level]), strict=True)
+        given = iter(range(len(nodes)))
+        return [[laws[next(given)] for _ in frontier] for frontier in frontiers]
+
+    @torch.inference_mode()
+    def _level(self, nodes: list[Node]) -> list[DraftLaw]:
+        """Laws at nodes of one depth."""
+        tokens_XJ = to_device([path for _, path in nodes], self.target.device)
+        read_XJD = token_embeddings(self.target, tokens_XJ)
+        hidden_XD = torch.cat([seq.draft.hidden_1D for seq, _ in nodes])
+        return self._laws(self.heads.behind(hidden_XD, read_XJD[:, 0], read_XJD[:, 1:]))
+
+    def _laws(self, logits_XU: Tensor) -> list[DraftLaw]:
+        return [DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in self._logq(logits_XU)]
+
+    def _logq(self, logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits.float() / self.temperature, dim=-1)
+
+    def obstacle(self, seqs: list[Sequence]) -> str | None:
+        if not all(len(s.draft.hidden_1D) for s in seqs):
+            return "a prompt of one token leaves its heads nothing to read"
+        return self.tree.obstacle(len(self.heads.tokens_U))
+
+    def device_state(self, seqs: list[Sequence]) -> dict[str, Tensor]:
+        return {"hidden_BD": torch.cat([s.draft.hidden_1D for s in seqs])}
+
+    def propose_device(self, texts: DeviceTexts) -> TreeBatch:
+        hidden_BD, root_B = texts.draft["hidden_BD"], texts.root_B
+        if self.heads.hydra:
+            expand = partial(self._at_paths, hidden_BD)
+        else:
+            logits_KBU = self.heads(hidden_BD, token_embeddings(self.target, root_B))
+            expand = partial(_at_depth, self._logq(logits_KBU))
+        draft = DeviceDraft(expand, self.target.vocab, self.heads.tokens_U, len(self.heads.bias_KD))
+        return self.tree.grow_on_device(root_B, texts.levels_B, draft, texts.streams)
+
+    def _at_paths(self, hidden_BD: Tensor, paths_BFJ: Tensor) -> Tensor:
+        """The laws of Hydra's heads [B, F, U]."""
+        B, F, _ = paths_BFJ.shape
+        read_XJD = token_embeddings(self.target, paths_BFJ.flatten(0, 1))
+        hidden_XD = hidden_BD.repeat_interleave(F, 0)
+        logits_XU = self.heads.behind(hidden_XD, read_XJD[:, 0], read_XJD[:, 1:])
+        return self._logq(logits_XU).view(B, F, -1)
+
+    def observe_device(self, texts: DeviceTexts, verdicts: VerdictBatch, out: TargetOutput) -> None:
+        final_BND = out.hidden["final"]
+        end_B1D = verdicts.path_BA.amax(1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, final_BND.shape[2])
+        texts.draft["hidden_BD"].copy_(final_BND.gather(1, end_B1D).squeeze(1))
 
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
@@ -207,6 +151,20 @@ class Medusa(Grown):
         for b, (seq, verdict) in enumerate(zip(seqs, verdicts, strict=True)):
             end = verdict.path_A[-1] if verdict.path_A else 0
             seq.draft = _Draft(out.hidden["final"][b, end : end + 1])
+
+
+def _at_depth(logq_KBU: Tensor, paths_BFJ: Tensor) -> Tensor:
+    """The laws of Medusa's heads [B, F, U], which are the same along all paths."""
+    logq_BU = logq_KBU[paths_BFJ.shape[2] - 1]
+    return logq_BU.unsqueeze(1).expand(-1, paths_BFJ.shape[1], -1)
+
+
+def tokens_to(node: int, tree: TokenTree) -> list[int]:
+    """The tokens from the root down to `node`."""
+    path = [node]
+    while path[-1]:
+        path.append(tree.parents_N[path[-1]])
+    return [tree.tokens_N[n] for n in reversed(path)]
 
 
 def _opened(heads: str, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo, str | None]:

@@ -3,6 +3,7 @@
 The longest suffix of max_n down to min_n tokens that occurs before is looked up. Each of its occurrences
 votes for the token that followed it, with more weight than all less preferred ones together: a chain copies
 the preferred one, a branching tree merges the others into it.
+Shapes: B sequences, M occurrences, L tokens, N nodes, K tokens of a law.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..tree import TokenTree
-from ..trees import DraftLaw
+from specdec_kernels import ngram_match
+
+from ..tree import TokenTree, TreeBatch
+from ..trees import DraftLaw, Fixed
+from ..trees.device import chains
 from .base import Grown
 
 if TYPE_CHECKING:
     from ..decode import Sequence
+    from ..device_texts import DeviceTexts
     from ..target import HFTarget
     from ..trees import TreePolicy
 
@@ -73,6 +79,23 @@ class NGram(Grown):
         order = ends[::-1] if self.prefer == "recent" else ends
         return (order[: self.matches] + 1).tolist()
 
+    def obstacle(self, seqs: list[Sequence]) -> str | None:
+        if not (self.tree.chain and isinstance(self.tree, Fixed)) or self.tree.draws:
+            return "prompt lookup copies a chain of known length on the device: tree=chain"
+        return self.tree.obstacle(self.target.vocab)
+
+    def propose_device(self, texts: DeviceTexts) -> TreeBatch:
+        start_BM, _ = ngram_match(
+            texts.tokens_BL,
+            texts.length_B,
+            max_n=self.max_n,
+            min_n=self.min_n,
+            prefer=self.prefer,
+            matches=self.matches,
+        )
+        copied_BN, found_B = copy_chain(texts, start_BM, len(self.tree.layout()))
+        return chains(copied_BN).cut(torch.minimum(texts.levels_B, found_B))
+
     def expand(
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
@@ -96,6 +119,23 @@ class NGram(Grown):
             if end < len(seq.tokens) and seq.tokens[start:end] == path:
                 votes[seq.tokens[end]] = votes.get(seq.tokens[end], 0.0) + 3.0**-age
         return votes
+
+
+def copy_chain(texts: DeviceTexts, start_BM: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """int64 [B, N]: the root, and what the first occurrence that agrees so far and goes on says; how many."""
+    M, L = start_BM.shape[1], texts.tokens_BL.shape[1]
+    agrees_BM, age_M = start_BM >= 0, torch.arange(M, device=start_BM.device)
+    copied, found_B = [texts.root_B], torch.zeros_like(texts.length_B)
+    for d in range(depth):
+        at_BM = start_BM + d
+        goes_on_BM = agrees_BM & (at_BM < texts.length_B.unsqueeze(1))
+        first_B1 = torch.where(goes_on_BM, age_M, M).amin(1, keepdim=True)
+        next_BM = texts.tokens_BL.gather(1, at_BM.clamp(0, L - 1))
+        next_B1 = next_BM.gather(1, first_B1.clamp(max=M - 1))
+        agrees_BM = goes_on_BM & (next_BM == next_B1)
+        copied.append(next_B1.squeeze(1))
+        found_B = found_B + goes_on_BM.any(1)
+    return torch.stack(copied, 1), found_B
 
 
 def _path_tokens(tree: TokenTree, node: int) -> list[int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..tree import TokenTree
+from ..tree import TokenTree, TreeBatch
+from ..trees.device import root_alone
 from .base import Proposer
 
 if TYPE_CHECKING:
     from ..decode import Sequence
+    from ..device_texts import DeviceTexts
 
 
 class NoDraft(Proposer):
@@ -16,3 +18,9 @@ class NoDraft(Proposer):
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         return [TokenTree([s.tokens[-1]]) for s in seqs]
+
+    def obstacle(self, seqs: list[Sequence]) -> str | None:
+        return None
+
+    def propose_device(self, texts: DeviceTexts) -> TreeBatch:
+        return root_alone(texts.root_B)

@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..rng import Stream
-from ..tree import TokenTree
+from ..rng import Stream, StreamBatch
+from ..tree import TokenTree, TreeBatch
+from .device import DeviceDraft
 
 LENGTHS = ("fixed", "heuristic", "confidence")
 
@@ -97,6 +98,20 @@ class TreePolicy(ABC):
         Nodes of the working tree keep their indices while it grows. The tree returned may lack some of them,
         and number the others anew: `followed` finds in one what was accepted in the other.
         """
+
+    def obstacle(self, draft_vocab: int) -> str | None:
+        """Why its trees can't be grown on the device for a draft of so many tokens, where they can't."""
+        return f"{type(self).__name__} trees are grown by the host"
+
+    def _obstacle(self) -> str | None:
+        """The same, where only the length could be one."""
+        return None if self.length == "fixed" else f"tree.length={self.length} is decided by the host"
+
+    def grow_on_device(
+        self, root_B: Tensor, levels_B: Tensor, draft: DeviceDraft, streams: StreamBatch
+    ) -> TreeBatch:
+        """`grow` for a batch, without a synchronisation. levels_B: of each sequence, at most `depth`."""
+        raise NotImplementedError(f"{type(self).__name__} trees are grown by the host")
 
     def fitted(self, accuracy_KR: list[list[float]]) -> TreePolicy:
         """This policy for a draft whose rank-r token at depth d + 1 is right with accuracy_KR[d][r]."""

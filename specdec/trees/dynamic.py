@@ -12,9 +12,12 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from ..rng import Stream
-from ..tree import TokenTree
+from torch import Tensor
+
+from ..rng import Stream, StreamBatch
+from ..tree import TokenTree, TreeBatch
 from .base import Growth, TreePolicy
+from .device import DeviceDraft, grow_best, root_alone
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,16 @@ class BestFirst(TreePolicy):
                     no_gain = min(logp, 0.0)  # rounding must not lift a child above its parent
                     worth_N.append(worth_N[node] + no_gain)
         return part(known, sorted(best(worth_N, self.nodes)))
+
+    def obstacle(self, draft_vocab: int) -> str | None:
+        return self._obstacle()
+
+    def grow_on_device(
+        self, root_B: Tensor, levels_B: Tensor, draft: DeviceDraft, streams: StreamBatch
+    ) -> TreeBatch:
+        if self.nodes == 1 or self.depth == 0:
+            return root_alone(root_B)
+        return grow_best(self.depth, self._widest, self.nodes, root_B, levels_B, draft)
 
     def _frontier(self, known: TokenTree, worth_N: list[float], newest: int) -> list[int]:
         """The best nodes of the newest level; nothing below the last of `nodes` could displace it."""

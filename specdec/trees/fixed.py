@@ -6,9 +6,12 @@ from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ..rng import Purpose, Stream
-from ..tree import TokenTree
+from torch import Tensor
+
+from ..rng import Purpose, Stream, StreamBatch
+from ..tree import TokenTree, TreeBatch
 from .base import DraftLaw, Growth, TreePolicy
+from .device import DeviceDraft, Level, grow_drawn, grow_known
 from .worth import Path, Paths, best_paths, every_prefix
 
 Added = list[tuple[int, int]]  # rank among its siblings, and index, of every node added
@@ -37,13 +40,42 @@ class Fixed(TreePolicy):
             frontier = [n for n in grown if self._go_on(tree.logp_N[n])]
         return tree
 
+    def layout(self) -> list[Level]:
+        """Level by level the parent and the rank of every node, in the order in which they are added."""
+        paths, newest, levels = [()], [0], []
+        while level := [(node, rank) for node in newest for rank in _listed(self._ranks_at(paths[node]))]:
+            newest = range(len(paths), len(paths) + len(level))
+            paths += [(*paths[node], rank) for node, rank in level]
+            levels.append(level)
+        return levels
+
+    def _ranks_at(self, path: Path) -> int | list[int]:
+        return self.ranks(path) if len(path) < self.depth else 0
+
+    def obstacle(self, draft_vocab: int) -> str | None:
+        widest = max((rank for level in self.layout() for _, rank in level), default=0)
+        if widest >= draft_vocab:
+            return f"a node's child number {widest + 1} is asked of a draft of {draft_vocab} tokens"
+        return self._obstacle()
+
+    def grow_on_device(
+        self, root_B: Tensor, levels_B: Tensor, draft: DeviceDraft, streams: StreamBatch
+    ) -> TreeBatch:
+        if self.draws:
+            return grow_drawn(self.layout(), root_B, draft, streams).cut(levels_B)
+        return grow_known(self.layout(), root_B, draft).cut(levels_B)
+
     def _branch(
         self, tree: TokenTree, node: int, ranks: int | list[int], law: DraftLaw, stream: Stream
     ) -> Added:
         """Add the children of `node`: the most likely tokens."""
-        wanted = list(range(ranks)) if isinstance(ranks, int) else ranks
+        wanted = _listed(ranks)
         top = law.top(wanted[-1] + 1)
         return [(rank, tree.add(top[rank][0], node, top[rank][1])) for rank in wanted if rank < len(top)]
+
+
+def _listed(ranks: int | list[int]) -> list[int]:
+    return list(range(ranks)) if isinstance(ranks, int) else ranks
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,376 @@
+"""Steps that stay on the device give the text that steps of the host give.
+
+Here they run on the CPU, with the cache that a GPU has and without a capture; with one on a GPU.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from models import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    VOCAB,
+    Uncaptured,
+    cyclic,
+    cyclic_heads,
+    requests,
+    run,
+    save_heads,
+    tiny,
+    untrained_heads,
+)
+
+from specdec import device_step as steps
+from specdec import target as target_module
+from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
+from specdec.cache import DeviceCache
+from specdec.decode import ProfilingClock, decode
+from specdec.device_texts import DeviceTexts
+from specdec.engine import Engine
+from specdec.proposers.base import Proposer
+from specdec.proposers.draft_lm import DraftLM
+from specdec.proposers.eagle3 import Eagle3
+from specdec.proposers.medusa import Medusa
+from specdec.proposers.ngram import NGram
+from specdec.proposers.none import NoDraft
+from specdec.sampling import LawBatch, Sampling
+from specdec.target import HFTarget
+from specdec.tree import TreeBatch
+from specdec.trees import Chain, Eagle2, Sampled, Static, TopK, TreePolicy
+
+TREE, DRAWN = TopK(depth=3, widths=(2, 2, 1)), Sampled(depth=3, widths=(3, 2, 1))
+CHAIN, DRAWN_CHAIN = Chain(depth=4), Sampled(depth=3, widths=(1, 1, 1))
+TEXTS = [p for p in PROMPTS if len(p) > 1]  # of one token, neither heads nor a draft have anything to read
+Make = Callable[[HFTarget, TreePolicy], Proposer]
+
+
+def host(name: str = "llama") -> HFTarget:
+    """A target as it is on a CPU, of its own: of an architecture, or the one that speaks in cycles."""
+    twin = cyclic() if name == "cyclic" else tiny(name)
+    return HFTarget(copy.deepcopy(twin.model), fingerprint=twin.fingerprint)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HFTarget]:
+    """Makes a target as it is on a GPU."""
+    for module in (steps, target_module):
+        monkeypatch.setattr(module, "Graphs", Uncaptured)
+
+    def made(name: str = "llama", **engine: object) -> HFTarget:
+        target = host(name)
+        target.engine = Engine(**engine)  # which it refuses on a CPU
+        target._cache_type, target._graphs = DeviceCache, Uncaptured()
+        target.cache = DeviceCache(len(target.layers), 1, 0)
+        return target
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of random heads, by kind."""
+    folder, made = tmp_path_factory.mktemp("heads"), {}
+    for kind in (False, True):
+        drafted = untrained_heads(tiny(), list(range(3, VOCAB)), hydra=kind)
+        made["hydra" if kind else "medusa"] = save_heads(drafted, tiny(), folder / f"{kind}.safetensors")
+    return made | {"cyclic": save_heads(cyclic_heads(), cyclic(), folder / "right.safetensors")}
+
+
+def none(target: HFTarget, tree: TreePolicy) -> Proposer:
+    return NoDraft(target, tree)
+
+
+def lookup(target: HFTarget, tree: TreePolicy) -> Proposer:
+    return NGram(target, tree, matches=3)
+
+
+def draft(target: HFTarget, tree: TreePolicy) -> Proposer:
+    """A draft of one layer; on the device where the target is."""
+    engine, target.engine = target.engine, Engine()
+    proposer = DraftLM(target, tree, layers=1)
+    target.engine = engine
+    if target._cache_type is DeviceCache:
+        proposer.draft._cache_type = DeviceCache
+        proposer.draft.cache = DeviceCache(1, 1, 0)
+    return proposer
+
+
+CASES = {
+    "none": (none, CHAIN, Greedy(), GREEDY),
+    "none, sampled": (none, CHAIN, Match(), SAMPLED),
+    "lookup": (lookup, CHAIN, Match(), GREEDY),
+    "lookup, sampled": (lookup, CHAIN, Match(), SAMPLED),
+    "lookup, typical": (lookup, CHAIN, Typical(), SAMPLED),
+    "lookup, synthetic": (lookup, CHAIN, Synthetic(), GREEDY),
+    "draft": (draft, CHAIN, Match(), SAMPLED),
+    "draft, rejection": (draft, DRAWN_CHAIN, Rejection(), SAMPLED),
+    "draft, block": (draft, DRAWN_CHAIN, Block(), SAMPLED),
+    "medusa": ("medusa", TREE, Greedy(), GREEDY),
+    "medusa, static": ("medusa", Static(depth=5, nodes=12), Match(), SAMPLED),
+    "medusa, drawn": ("medusa", DRAWN, Recursive(), SAMPLED),
+    "medusa, eagle2": ("medusa", Eagle2(depth=4, nodes=10, width=3), Match(), SAMPLED),
+    "medusa, too deep a chain": ("medusa", Chain(depth=9), Match(), SAMPLED),
+    "medusa, always right": ("cyclic", CHAIN, Match(), GREEDY),
+    "medusa, mostly right": ("cyclic", TREE, Match(), SAMPLED),
+    "medusa, right and drawn": ("cyclic", DRAWN, Recursive(), SAMPLED),
+    "hydra": ("hydra", TREE, Match(), SAMPLED),
+    "hydra, eagle2": ("hydra", Eagle2(depth=4, nodes=10, width=3), Match(), SAMPLED),
+    "hydra, drawn": ("hydra", DRAWN, Recursive(), SAMPLED),
+}
+
+
+def built(make: Make | str, target: HFTarget, tree: TreePolicy, heads: dict[str, str]) -> Proposer:
+    return Medusa(target, tree, heads=heads[make]) if isinstance(make, str) else make(target, tree)
+
+
+def target_of(make: Make | str) -> str:
+    return "cyclic" if make == "cyclic" else "llama"
+
+
+def answers(proposer: Proposer, rule: Rule, sampling: Sampling, longest: list[int] | int = 24) -> list:
+    """Texts, and what was recorded of each step but its time."""
+    seqs = requests(TEXTS, longest, stop_ids=(7,))
+    records = run(proposer, seqs, sampling, rule)
+    return [[s.new_tokens for s in seqs], [replace(record, seconds=0.0) for record in records]]
+
+
+@pytest.mark.parametrize("longest", [24, [9, 1, 2]], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_texts_and_steps_are_the_hosts(
+    case: str, longest: list[int] | int, device: Callable, heads: dict[str, str]
+) -> None:
+    make, tree, rule, sampling = CASES[case]
+    want = answers(built(make, host(target_of(make)), tree, heads), rule, sampling, longest)
+    proposer = built(make, device(target_of(make), graphs="step"), tree, heads)
+    assert answers(proposer, rule, sampling, longest) == want
+    assert len(proposer.steps) == 1
+    assert answers(proposer, rule, sampling, longest) == want, "a second batch at the same addresses"
+    assert len(proposer.steps) == 1, "it is captured once"
+
+
+def test_windows_too(device: Callable) -> None:
+    want = answers(lookup(host("mistral"), CHAIN), Match(), SAMPLED)
+    assert answers(lookup(device("mistral", graphs="step"), CHAIN), Match(), SAMPLED) == want
+
+
+def test_what_moved_is_captured_anew(device: Callable) -> None:
+    proposer, rule = lookup(device(graphs="step"), CHAIN), Match()
+    for prompts, longest in ((TEXTS, 24), ([TEXTS[0] * 9], 200), (TEXTS, 24)):
+        seqs, same = (requests(prompts, longest) for _ in range(2))
+        run(proposer, seqs, rule=rule)
+        run(lookup(host(), CHAIN), same)
+        assert [s.tokens for s in seqs] == [s.tokens for s in same]
+    assert len(proposer.steps) == 2, "a batch of three, and one alone"
+
+
+def test_a_verdict_is_read_while_the_next_step_runs(
+    device: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, receive = [], steps.Results.receive
+    monkeypatch.setattr(
+        steps.Results, "receive", lambda results: seen.append(len(results)) or receive(results)
+    )
+    records = run(none(device(graphs="step"), CHAIN), requests(TEXTS[:1], 8))
+    assert seen == [2] * len(records), "of two that were launched the first is read"
+
+
+def test_a_profile_takes_steps_apart(device: Callable) -> None:
+    proposer = none(device(), CHAIN)
+    clock = ProfilingClock(proposer.target.device)
+    for _ in decode(proposer.target, proposer, Match(), GREEDY, requests(TEXTS, 4), clock):
+        pass
+    assert not proposer.steps
+    assert clock.parts["score"] > 0
+
+
+def length_counts_the_bonus_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = DeviceTexts.advance
+
+    def wrong(texts: DeviceTexts, *step: object) -> None:
+        advance(texts, *step)
+        texts.length_B.add_(1)
+
+    monkeypatch.setattr(DeviceTexts, "advance", wrong)
+
+
+def steps_share_their_coins(monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = DeviceTexts.advance
+
+    def wrong(texts: DeviceTexts, *step: object) -> None:
+        advance(texts, *step)
+        texts.step_B.zero_()
+
+    monkeypatch.setattr(DeviceTexts, "advance", wrong)
+
+
+def rows_stay_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceCache, "keep_device", lambda *_: None)
+
+
+def trees_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TreeBatch, "cut", lambda trees, levels_B: trees)
+
+
+def warming_up_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, calls = DeviceTexts.copy_, []
+
+    def once(texts: DeviceTexts, other: DeviceTexts) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            copy(texts, other)
+
+    monkeypatch.setattr(DeviceTexts, "copy_", once)
+
+
+def heads_read_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Medusa, texts: DeviceTexts, verdicts: object, out: object) -> None:
+        texts.draft["hidden_BD"].copy_(out.hidden["final"][:, 0])
+
+    monkeypatch.setattr(Medusa, "observe_device", wrong)
+
+
+BUGS = {
+    length_counts_the_bonus_twice: "lookup",
+    steps_share_their_coins: "medusa, drawn",
+    rows_stay_where_they_were: "medusa",
+    trees_are_never_cut: "medusa, static",
+    warming_up_is_not_undone: "lookup",
+    heads_read_the_root: "medusa, always right",
+}
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_bug_changes_what_comes_out(
+    bug: Callable, device: Callable, heads: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, tree, rule, sampling = CASES[BUGS[bug]]
+    want = answers(built(make, host(target_of(make)), tree, heads), rule, sampling)
+    proposer = built(make, device(target_of(make), graphs="step"), tree, heads)
+    bug(monkeypatch)
+    try:
+        got = answers(proposer, rule, sampling)
+    except (ValueError, RuntimeError) as error:
+        got = error
+    assert got != want
+
+
+def test_logits_that_are_not_numbers_name_the_request(
+    device: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = device(graphs="step")
+    score = target.score_device
+
+    def poisoned(*args: object) -> object:
+        out = score(*args)
+        row_B11 = torch.arange(2).view(-1, 1, 1)
+        return replace(out, logits_BNV=torch.where(row_B11 == 1, torch.nan, out.logits_BNV))
+
+    monkeypatch.setattr(target, "score_device", poisoned)
+    with pytest.raises(FloatingPointError, match=r"^request 1, step 0: .*target.dtype=float32$"):
+        run(none(target, CHAIN), requests(TEXTS[:2], 8))
+
+
+class Watched(NoDraft):
+    """Looks at every step, which its drafts on the device would not."""
+
+    def observe(self, *_: object) -> None:
+        """See above."""
+
+
+class Own(Match):
+    """Another rule, of which only the form to read is written."""
+
+    def __call__(self, *_: object) -> None:
+        """Never asked here."""
+
+
+@pytest.mark.parametrize(
+    ("make", "tree", "rule", "prompts", "reason"),
+    [
+        (Watched, CHAIN, Match(), TEXTS, "Watched changes what its drafts on the device leave as it was"),
+        (none, CHAIN, Own(), TEXTS, "Own decides on the host"),
+        (lookup, TREE, Match(), TEXTS, "tree=chain"),
+        (draft, TREE, Match(), TEXTS, "tree=chain"),
+        (draft, CHAIN, Match(), PROMPTS, "a prompt of one token leaves its draft model nothing to read"),
+        ("medusa", TREE, Match(), PROMPTS, "a prompt of one token leaves its heads nothing to read"),
+        ("medusa", Chain(length="heuristic"), Match(), TEXTS, "tree.length=heuristic is decided by the host"),
+    ],
+)
+def test_what_the_host_must_do_is_said(
+    make: Make | str,
+    tree: TreePolicy,
+    rule: Rule,
+    prompts: list[list[int]],
+    reason: str,
+    device: Callable,
+    heads: dict[str, str],
+) -> None:
+    with pytest.raises(ValueError, match=rf"^engine.graphs=step, but .*{reason}.*: engine.graphs=null$"):
+        run(
+            built(make, device(target_of(make), graphs="step"), tree, heads),
+            requests(prompts, 4),
+            GREEDY,
+            rule,
+        )
+    if not isinstance(rule, Own):
+        proposer = built(make, device(), tree, heads)
+        run(proposer, requests(prompts, 4), GREEDY, rule)
+        assert not proposer.steps, "unasked, it is left to the host"
+
+
+def test_others_draft_on_the_host(device: Callable) -> None:
+    assert Proposer.obstacle(object.__new__(Eagle3), []) == "Eagle3 drafts on the host"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "drawn" not in case or "medusa" in case])
+def test_a_whole_step_reads_nothing_back(case: str, device: Callable, heads: dict[str, str]) -> None:
+    """It runs on tensors without data, from which nothing can be read."""
+    make, tree, rule, sampling = CASES[case]
+    proposer = built(make, device(target_of(make), graphs="step"), tree, heads)
+    answers(proposer, rule, sampling)
+    (step,) = proposer.steps.values()
+    without_data(step)
+    assert step.run().device.type == "meta"
+
+
+def without_data(step: steps.DeviceStep) -> None:
+    """Move all that a step reads to the meta device."""
+    for target in filter(None, (step.target, getattr(step.proposer, "draft", None))):
+        target.model.to("meta")
+        target.device, target._forwards = torch.device("meta"), {}
+        target.cache._stacks = {key: stack.to("meta") for key, stack in target.cache._stacks.items()}
+    for module in (m for m in vars(step.proposer).values() if isinstance(m, torch.nn.Module)):
+        module.to("meta")
+    if (named := getattr(step.proposer, "_named", None)) is not None:
+        step.proposer._named = named.to("meta")
+    texts = step.texts
+    for name, value in vars(texts).items():
+        if isinstance(value, torch.Tensor):
+            setattr(texts, name, value.to("meta"))
+    texts.draft = {name: tensor.to("meta") for name, tensor in texts.draft.items()}
+
+
+def test_waiting_would_be_noticed(device: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = none(device(graphs="step"), CHAIN)
+    answers(proposer, Match(), GREEDY)
+    (step,) = proposer.steps.values()
+    without_data(step)
+    monkeypatch.setattr(LawBatch, "draw", lambda laws, *_: laws.logits_BNV.argmax(-1).cpu())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step.run()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_texts_are_the_hosts_on_a_gpu(case: str, heads: dict[str, str]) -> None:
+    make, tree, rule, sampling = CASES[case]
+    want = answers(built(make, host(target_of(make)), tree, heads), rule, sampling)
+    there = host(target_of(make))
+    target = HFTarget(there.model.cuda(), fingerprint=there.fingerprint, engine=Engine(graphs="step"))
+    proposer = built(make, target, tree, heads)
+    assert answers(proposer, rule, sampling) == want
+    assert proposer.steps
