@@ -5,13 +5,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
+from specdec import device_step
+from specdec import target as target_module
 from specdec.accept import Match, Rule
+from specdec.cache import DeviceCache
 from specdec.config import as_target
 from specdec.decode import Sequence, decode
-from specdec.engine import Graphs
+from specdec.engine import Engine, Graphs
 from specdec.loading import Loaded, fingerprint, random_model
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_lm import DraftLM
@@ -182,6 +186,14 @@ def check_draft_cache(proposer: DraftLM, seqs: list[Sequence]) -> None:
         for heads, stack in fresh.cache._stacks.items():
             got = draft.cache._stacks[heads][:, seq.slot, :, :rows]
             assert torch.allclose(got, stack[:, 0, :, :rows], atol=1e-4), "the draft's cache is stale"
+
+
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets made from now on run as on a GPU, but that nothing is captured."""
+    monkeypatch.setattr(Engine, "captures", lambda engine, *_: engine.graphs is not False)
+    monkeypatch.setattr(target_module, "SlotCache", DeviceCache)
+    for module in (target_module, device_step):
+        monkeypatch.setattr(module, "Graphs", Uncaptured)
 
 
 class Uncaptured(Graphs):

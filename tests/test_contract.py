@@ -3,6 +3,7 @@
 A proposer whose YAML does not build as it stands needs its arguments for the tiny targets in `arguments`.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from models import (
     cyclic,
     cyclic_eagle,
     cyclic_heads,
+    like_a_gpu,
     plain,
     requests,
     run,
@@ -35,6 +37,7 @@ from specdec.accept import Match, Rule
 from specdec.config import check_combination, make
 from specdec.decode import Sequence
 from specdec.proposers.base import Grown, Proposer
+from specdec.records import StepRecord
 from specdec.rng import Key, Philox, Purpose
 from specdec.sampling import Sampling
 from specdec.target import HFTarget
@@ -157,6 +160,28 @@ def test_neighbours_change_nothing(
     alone = answers(proposer, SAMPLED, ALONE, judge)
     assert answers(proposer, SAMPLED, TOGETHER, judge) == alone
     assert answers(proposer, SAMPLED, BACKWARDS, judge) == alone
+
+
+@every_pair
+def test_drafts_on_the_device_are_those_of_the_host(
+    name: str, tree: str, heads: dict[HFTarget, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For those that can: the same text, and as many nodes and accepted ones in every step."""
+    want = records(build(name, tree, tiny(), heads))
+    like_a_gpu(monkeypatch)
+    target = HFTarget(tiny().model, fingerprint=tiny().fingerprint)
+    proposer = build(name, tree, target, heads | {target: heads[tiny()]})
+    assert records(proposer) == want
+    assert bool(proposer.steps) == (name in DRAFT_ON_DEVICE and tree in DRAFT_ON_DEVICE[name])
+
+
+CHAINS = {"chain", "sampled_chain"}
+DRAFT_ON_DEVICE = {"none": TREES, "medusa": TREES, "ngram": {"chain"}, "draft_lm": CHAINS}
+
+
+def records(proposer: Proposer) -> list[StepRecord]:
+    seqs = requests([prompt for prompt in PROMPTS if len(prompt) > 1], [24, 9, 17])
+    return [replace(record, seconds=0.0) for record in run(proposer, seqs, SAMPLED)]
 
 
 def test_each_rule_that_samples_is_among_those() -> None:

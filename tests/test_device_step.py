@@ -14,9 +14,9 @@ from models import (
     PROMPTS,
     SAMPLED,
     VOCAB,
-    Uncaptured,
     cyclic,
     cyclic_heads,
+    like_a_gpu,
     requests,
     run,
     save_heads,
@@ -25,7 +25,6 @@ from models import (
 )
 
 from specdec import device_step as steps
-from specdec import target as target_module
 from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
 from specdec.cache import DeviceCache
 from specdec.decode import ProfilingClock, decode
@@ -48,24 +47,21 @@ TEXTS = [p for p in PROMPTS if len(p) > 1]  # of one token, neither heads nor a 
 Make = Callable[[HFTarget, TreePolicy], Proposer]
 
 
-def host(name: str = "llama") -> HFTarget:
-    """A target as it is on a CPU, of its own: of an architecture, or the one that speaks in cycles."""
+def host(name: str = "llama", engine: Engine | None = None) -> HFTarget:
+    """A target of its own, of an architecture or the one that speaks in cycles; the host takes its steps."""
     twin = cyclic() if name == "cyclic" else tiny(name)
-    return HFTarget(copy.deepcopy(twin.model), fingerprint=twin.fingerprint)
+    return HFTarget(
+        copy.deepcopy(twin.model), fingerprint=twin.fingerprint, engine=engine or Engine(graphs=False)
+    )
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., HFTarget]:
-    """Makes a target as it is on a GPU."""
-    for module in (steps, target_module):
-        monkeypatch.setattr(module, "Graphs", Uncaptured)
+    """Makes a target whose steps stay on the device."""
 
     def made(name: str = "llama", **engine: object) -> HFTarget:
-        target = host(name)
-        target.engine = Engine(**engine)  # which it refuses on a CPU
-        target._cache_type, target._graphs = DeviceCache, Uncaptured()
-        target.cache = DeviceCache(len(target.layers), 1, 0)
-        return target
+        like_a_gpu(monkeypatch)
+        return host(name, Engine(**engine))
 
     return made
 
@@ -89,14 +85,7 @@ def lookup(target: HFTarget, tree: TreePolicy) -> Proposer:
 
 
 def draft(target: HFTarget, tree: TreePolicy) -> Proposer:
-    """A draft of one layer; on the device where the target is."""
-    engine, target.engine = target.engine, Engine()
-    proposer = DraftLM(target, tree, layers=1)
-    target.engine = engine
-    if target._cache_type is DeviceCache:
-        proposer.draft._cache_type = DeviceCache
-        proposer.draft.cache = DeviceCache(1, 1, 0)
-    return proposer
+    return DraftLM(target, tree, layers=1)
 
 
 CASES = {

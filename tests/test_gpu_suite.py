@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Uncaptured
+from models import like_a_gpu
 
 from experiments.gpu import bars, plan, suite
 from experiments.gpu.bars import BARS, Bar, Figures, report
 from experiments.gpu.record import COLUMNS, Record, Skip
 from experiments.gpu.steps import CAPTURED, Cell, Steps
 from experiments.gpu.timing import Timing, union
-from specdec import device_step, target
-from specdec.cache import DeviceCache
-from specdec.engine import Engine
 from specdec_kernels.listing import OPERATIONS, cases
 
 SUITE = Path(suite.__file__)
@@ -219,10 +216,7 @@ def test_steps_of_every_kind(
 ) -> None:
     """As on a GPU, but that nothing is captured."""
     monkeypatch.setattr(Steps, "_possible", lambda steps, graphs: graphs)
-    monkeypatch.setattr(Engine, "captures", lambda *_: True)
-    monkeypatch.setattr(target, "SlotCache", DeviceCache)
-    for module in (target, device_step):
-        monkeypatch.setattr(module, "Graphs", Uncaptured)
+    like_a_gpu(monkeypatch)
     steps = Steps(record, torch.device("cpu"), 2, dry=True)
     steps.measure(Cell("24", 24, 2, nodes), "sdpa", graphs)
     (row,) = record.rows
