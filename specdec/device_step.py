@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .decode import Sequence
     from .rng import StreamBatch
 
+SPARE = 257  # tokens behind the cache's rows, where a step may write what does not count
 NOT_A_TOKEN = -1  # the bonus where the target's logits were not numbers
 
 
@@ -64,15 +65,12 @@ def device_step(
             raise ValueError(f"engine.graphs=step, but {reason}: engine.graphs=null")
         return None
     texts = DeviceTexts.of(seqs, proposer.device_state(seqs), target.cache.rows + SPARE, target.device)
-    key = (accept, sampling, len(seqs), seqs[0].stop_ids)
+    key = (accept, sampling, seqs[0].rng, len(seqs), seqs[0].stop_ids)
     step = proposer.steps.get(key)
     if step is None or not step.fits():
         step = proposer.steps[key] = DeviceStep(target, proposer, accept, sampling, texts)
     step.begin(texts)
     return step
-
-
-SPARE = 257  # tokens behind the cache's rows, where a step may write what does not count
 
 
 def obstacle(target: HFTarget, proposer: Proposer, accept: Rule, seqs: list[Sequence]) -> str | None:
@@ -84,7 +82,7 @@ def obstacle(target: HFTarget, proposer: Proposer, accept: Rule, seqs: list[Sequ
             kind, "propose_device", "propose", "observe", "start"
         ),
         "the sequences stop at different tokens": len({s.stop_ids for s in seqs}) > 1,
-        "the sequences have different seeds": any(s.rng != seqs[0].rng for s in seqs),
+        "the sequences have different seeds": len({s.rng for s in seqs}) > 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), None) or proposer.obstacle(seqs)
 

@@ -27,7 +27,7 @@ from models import (
 from specdec import device_step as steps
 from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
 from specdec.cache import DeviceCache
-from specdec.decode import ProfilingClock, decode
+from specdec.decode import ProfilingClock, Sequence, decode
 from specdec.device_texts import DeviceTexts
 from specdec.engine import Engine
 from specdec.proposers.base import Proposer
@@ -36,6 +36,7 @@ from specdec.proposers.eagle3 import Eagle3
 from specdec.proposers.medusa import Medusa
 from specdec.proposers.ngram import NGram
 from specdec.proposers.none import NoDraft
+from specdec.rng import Philox
 from specdec.sampling import LawBatch, Sampling
 from specdec.target import HFTarget
 from specdec.tree import TreeBatch
@@ -154,6 +155,17 @@ def test_what_moved_is_captured_anew(device: Callable) -> None:
         run(lookup(host(), CHAIN), same)
         assert [s.tokens for s in seqs] == [s.tokens for s in same]
     assert len(proposer.steps) == 2, "a batch of three, and one alone"
+
+
+def test_another_seed_is_captured_anew(device: Callable) -> None:
+    proposer, rule = lookup(device(graphs="step"), CHAIN), Match()
+    for seed in (1, 2):
+        seqs, same = (
+            [Sequence(r.request, r.tokens, 12, Philox(seed)) for r in requests(TEXTS)] for _ in range(2)
+        )
+        run(proposer, seqs, SAMPLED, rule)
+        run(lookup(host(), CHAIN), same, SAMPLED)
+        assert [s.tokens for s in seqs] == [s.tokens for s in same]
 
 
 def test_a_verdict_is_read_while_the_next_step_runs(
