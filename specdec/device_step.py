@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .decode import Sequence
     from .rng import StreamBatch
 
-SPARE = 257  # tokens behind the cache's rows, where a step may write what does not count
 NOT_A_TOKEN = -1  # the bonus where the target's logits were not numbers
 
 
@@ -64,7 +63,7 @@ def device_step(
         if target.engine.graphs == "step":
             raise ValueError(f"engine.graphs=step, but {reason}: engine.graphs=null")
         return None
-    texts = DeviceTexts.of(seqs, proposer.device_state(seqs), target.cache.rows + SPARE, target.device)
+    texts = DeviceTexts.of(seqs, proposer.device_state(seqs), target.cache.rows, target.device)
     key = (accept, sampling, seqs[0].rng, len(seqs), seqs[0].stop_ids)
     step = proposer.steps.get(key)
     if step is None or not step.fits():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .decode import Sequence
 
 PREFILL_CHUNK = 512
-SLACK = 128  # rows behind the longest text: a tree and its padding
+SLACK = 264  # rows behind the longest text: the largest tree that verdict kernels take, and its padding
 Tap = int | str
 
 

@@ -173,7 +173,7 @@ def test_the_first_drafts_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> No
         def __init__(self, device: object) -> None:
             self.reads = -1
 
-        def now(self) -> float:
+        def settled(self) -> float:
             self.reads += 1
             step, phase = divmod(self.reads, 4)
             return 1000 * step + (100 if step < WARM_UP else 6) * (phase > 0)
