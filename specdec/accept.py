@@ -61,6 +61,7 @@ class Rule(ABC):
         raise NotImplementedError(f"accept={self.name} has no batched form")
 
 
+@dataclass(frozen=True)
 class Greedy(Rule):
     """Follow the target's most likely token. Exact for temperature 0."""
 
@@ -73,6 +74,7 @@ class Greedy(Rule):
         return _walk(trees, p.best())
 
 
+@dataclass(frozen=True)
 class Match(Rule):
     """Sample the target at each node and follow the child that agrees; any tree, no q.
 
@@ -86,6 +88,7 @@ class Match(Rule):
         return _walk(trees, p.draw(streams, trees.depth_BN))
 
 
+@dataclass(frozen=True)
 class Recursive(Rule):
     """Recursive rejection over siblings drawn without replacement (Sequoia 2402.12374, RSD 2402.14160).
 
@@ -120,12 +123,14 @@ class Recursive(Rule):
         return VerdictBatch(*recursive(*nodes, p.p_BNV, trees.q_BNV, *keys))
 
 
+@dataclass(frozen=True)
 class Rejection(Recursive):
     """Token-level rejection on a sampled chain (Leviathan 2211.17192, Chen 2302.01318)."""
 
     chain_only = True
 
 
+@dataclass(frozen=True)
 class Block(Rule):
     """Block verification of a sampled chain (Sun et al. 2403.10444).
 
@@ -191,7 +196,7 @@ class Typical(Rule):
         logp_BN = torch.where(below_root_BNN, p_x_BN.log().unsqueeze(1), 0.0).sum(-1)
         longest_BN = depth_BN == depth_BN.max(dim=1, keepdim=True).values
         end_B1 = torch.where(longest_BN, logp_BN, -torch.inf).argmax(dim=1, keepdim=True)
-        y_BN = streams.draw_at(p_BNV, trees.depth_BN)
+        y_BN = p.draw(streams, trees.depth_BN)
         path = path_to(end_B1, trees.parents_BN, trees.ancestors_BNN)
         return VerdictBatch(*path, y_BN.gather(1, end_B1).squeeze(1))
 

@@ -16,8 +16,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from .accept import Match
+from .arms import Experiment, LoopArm
 from .decode import Clock, Sequence
-from .measure import Experiment, LoopArm
 from .proposers.base import Proposer
 from .proposers.none import NoDraft
 from .records import StepRecord

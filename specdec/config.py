@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ._paths import conf_dir
 from .accept import Rule
+from .arms import Experiment, Settings
 from .baselines import NAMES, PLAIN_DTYPES, check_baseline
 from .data import Conversation
 from .engine import Engine
 from .hardware import Hardware
 from .loading import Loaded
-from .measure import Experiment, Settings
 from .proposers.base import Proposer
 from .sampling import Sampling
 from .target import HFTarget

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .accept import Rule
 from .device_texts import DeviceTexts
 from .engine import Graphs
 from .proposers.base import Proposer
+from .rng import Philox
 from .sampling import LawBatch, Sampling, not_numbers
 from .target import HFTarget
 from .tree import TokenTree, TreeBatch, Verdict, VerdictBatch
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .decode import Sequence
     from .rng import StreamBatch
 
+MOST_NODES = 256  # of a tree, as verdict kernels take them; caches have room for as many behind a text
 NOT_A_TOKEN = -1  # the bonus where the target's logits were not numbers
 
 
@@ -65,30 +68,32 @@ def device_step(
         return None
     texts = DeviceTexts.of(seqs, proposer.device_state(seqs), target.cache.rows, target.device)
     key = (accept, sampling, seqs[0].rng, len(seqs), seqs[0].stop_ids)
-    step = proposer.steps.get(key)
-    if step is None or not step.fits():
-        step = proposer.steps[key] = DeviceStep(target, proposer, accept, sampling, texts)
-    step.begin(texts)
-    return step
+    proposer.steps = {known: step for known, step in proposer.steps.items() if step.fits()}
+    if key not in proposer.steps:
+        proposer.steps[key] = DeviceStep(target, proposer, accept, sampling, texts)
+    proposer.steps[key].begin(texts)
+    return proposer.steps[key]
 
 
 def obstacle(target: HFTarget, proposer: Proposer, accept: Rule, seqs: list[Sequence]) -> str | None:
     """Why these sequences can't be decoded on the device, where they can't."""
-    kind = type(proposer)
-    reasons = {
-        f"{type(accept).__name__} decides on the host": not decides_on_device(accept),
-        f"{kind.__name__} changes what its drafts on the device leave as it was": not _same_author(
-            kind, "propose_device", "propose", "observe", "start"
-        ),
-        "the sequences stop at different tokens": len({s.stop_ids for s in seqs}) > 1,
-        "the sequences have different seeds": len({s.rng for s in seqs}) > 1,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None) or proposer.obstacle(seqs)
+    kind, tree, first = type(proposer), type(proposer.tree), seqs[0]
+    if not decides_on_device(accept):
+        return f"{type(accept).__name__} decides on the host"
+    if not _same_author(kind, "propose_device", "propose", "observe", "start", "expand", "levels"):
+        return f"{kind.__name__} changes what its drafts on the device leave as it was"
+    if not _same_author(tree, "grow_on_device", "grow", "levels"):
+        return f"{tree.__name__} changes what its growth on the device leaves as it was"
+    if not isinstance(first.rng, Philox) or any(s.rng != first.rng for s in seqs):
+        return "the sequences do not share one seed of Philox"
+    if any(s.stop_ids != first.stop_ids for s in seqs):
+        return "the sequences stop at different tokens"
+    return proposer.obstacle(seqs)
 
 
 def _same_author(kind: type, device: str, *host: str) -> bool:
     """Whether no subclass changed one of the host's methods behind the device's one."""
-    owner = {name: next(c for c in kind.__mro__ if name in vars(c)) for name in (device, *host)}
+    owner = {name: next((c for c in kind.__mro__ if name in vars(c)), object) for name in (device, *host)}
     return all(issubclass(owner[device], owner[name]) for name in host)
 
 
@@ -102,14 +107,13 @@ class DeviceStep:
         self.texts, self._graphs, self._results = texts.clone(), Graphs(), Results()
         self._tree, self._caches = proposer.tree, self._rows()
 
-    def _rows(self) -> list[tuple[object, int]]:
-        return [(cache, cache.rows) for cache in (self.target.cache, *self.proposer.caches())]
+    def _rows(self) -> list[tuple[ref, int]]:
+        """The caches, which this does not keep alive, and their rows."""
+        return [(ref(cache), cache.rows) for cache in (self.target.cache, *self.proposer.caches())]
 
     def fits(self) -> bool:
         """Whether the caches are where they were when this was captured, and trees have the same shape."""
-        pairs = zip(self._rows(), self._caches, strict=True)
-        same = all(one is other and rows == before for (one, rows), (other, before) in pairs)
-        return same and self._tree is self.proposer.tree
+        return self._rows() == self._caches and self._tree is self.proposer.tree
 
     @torch.inference_mode()
     def begin(self, texts: DeviceTexts) -> None:
@@ -133,7 +137,13 @@ class DeviceStep:
         """One step; returns what the host needs to know of it."""
         texts = self.texts
         trees = self.proposer.propose_device(texts)
-        trees = trees.padded(self.target.padded(trees.tokens_BN.shape[1], len(texts.length_B)))
+        nodes = self.target.padded(trees.tokens_BN.shape[1], len(texts.length_B))
+        if nodes > MOST_NODES:
+            raise ValueError(
+                f"trees of {nodes} nodes, padding included, exceed the {MOST_NODES} of a step on the device: "
+                "fewer tree.nodes, or engine.graphs=score"
+            )
+        trees = trees.padded(nodes)
         out = self.target.score_device(texts.prefix_B, trees)
         verdicts = verdicts_of(self.accept, self.sampling, trees, out.logits_BNV, texts.streams)
         self.target.cache.keep_device(texts.prefix_B, verdicts.path_BA, verdicts.count_B)

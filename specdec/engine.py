@@ -1,6 +1,8 @@
 """How a target runs on its device: which attention kernel, and forwards captured in CUDA graphs."""
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +92,17 @@ class Graphs:
         return self._captured[key](inputs)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nothing is garbage-collected inside: to free a graph or a kernel during a capture ends it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class _Captured:
     """One graph, its inputs at fixed addresses, and what it leaves behind."""
 
@@ -102,7 +115,8 @@ class _Captured:
             for _ in range(WARM_UPS):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        # A capture under inference mode would leave the default generator's state an inference tensor.
+        with torch.inference_mode(False), uncollected(), torch.cuda.graph(self.graph), torch.inference_mode():
             self.outputs = function(*self.inputs)
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Any:

@@ -19,7 +19,7 @@ from .rng import Philox
 from .tree import TokenTree
 
 if TYPE_CHECKING:
-    from .measure import Experiment
+    from .arms import Experiment
     from .target import HFTarget
 
 NOISE_FACTOR = 4.0

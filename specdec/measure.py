@@ -5,148 +5,19 @@ A conversation's later turns continue from plain decoding's answers, so that eve
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from itertools import product
 
 from . import metrics
-from .accept import Match, Rule
-from .baselines import PLAIN_DTYPES, Answer, HFGenerate, baseline
+from .arms import METHOD, Arm, Experiment, LoopArm, arms_of
 from .data import Conversation, digest, most_turns
-from .decode import PARTS, Clock, ProfilingClock, Sequence, decode
-from .hardware import EnergyMeter, Hardware, PeakMemory
+from .decode import PARTS, Clock, ProfilingClock
+from .hardware import EnergyMeter, PeakMemory
 from .lossless import compare
-from .proposers.base import Proposer
-from .proposers.none import NoDraft
-from .records import RequestRecord, StepRecord
-from .rng import Philox
-from .sampling import Sampling
+from .records import RequestRecord
 from .store import RunFolder
-from .target import HFTarget
 from .text import Request, turn_of
-from .trees import Chain
 
 PROFILED = 4  # requests that the profiling pass answers
-METHOD = "method"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run measures; names as in conf/config.yaml."""
-
-    max_new_tokens: int = 128
-    batch_size: int = 1
-    baseline: tuple[str, ...] = ("none",)
-    repeats: int = 1
-    warmup: int = 1
-    seed: int = 0
-    chat: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("repeats", 1), ("warmup", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} is {value}, expected {least} or more: {name}={max(least, 1)}")
-
-
-@dataclass
-class Experiment:
-    """Everything a run needs, as `specdec.build` makes it. names: what the summary calls each choice."""
-
-    target: HFTarget
-    proposer: Proposer
-    accept: Rule
-    sampling: Sampling
-    conversations: list[Conversation]
-    settings: Settings = field(default_factory=Settings)
-    stop_ids: tuple[int, ...] = ()
-    hardware: Hardware = field(default_factory=lambda: Hardware("local"))
-    names: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Timed(Answer):
-    """An answer with the steps that led to it."""
-
-    steps: list[StepRecord]
-
-
-Arm = Callable[[list[Request], int], list[Answer]]  # answers a batch, with up to so many tokens each
-
-
-@dataclass(frozen=True)
-class LoopArm:
-    """Our loop with one proposer and one rule."""
-
-    experiment: Experiment
-    proposer: Proposer
-    accept: Rule
-
-    def __call__(
-        self, requests: list[Request], max_new_tokens: int, clock: Clock | None = None
-    ) -> list[Timed]:
-        e = self.experiment
-        rng, clock = Philox(e.settings.seed), clock or Clock(e.target.device)
-        seqs = [Sequence(r.number, list(r.ids), max_new_tokens, rng, e.stop_ids) for r in requests]
-        rows: list[list[tuple[float, StepRecord]]] = [[] for _ in seqs]
-        running = decode(e.target, self.proposer, self.accept, e.sampling, seqs, clock)
-        with named(requests):
-            next(running)
-            prefill_end = clock.now()
-            for step in running:
-                now = clock.now()
-                for seq, row in step:
-                    rows[seq.slot].append((now, row))
-        return [_timed_answer(seq, prefill_end, rows[seq.slot]) for seq in seqs]
-
-
-def _timed_answer(seq: Sequence, prefill_end: float, rows: list[tuple[float, StepRecord]]) -> Timed:
-    times, steps = [now for now, _ in rows], [row for _, row in rows]
-    return Timed(seq.new_tokens, seq.finish, prefill_end, times, [row.kept for row in steps], steps)
-
-
-@contextmanager
-def named(requests: list[Request]) -> Iterator[None]:
-    """Errors of the loop, which knows requests by number, name them by id."""
-    try:
-        yield
-    except FloatingPointError as error:
-        text = str(error)
-        for r in requests:
-            text = text.replace(f"request {r.number},", f"request {r.id},")
-        raise FloatingPointError(text) from error
-
-
-@dataclass(frozen=True)
-class HFArm:
-    """`transformers` generate on the same model."""
-
-    experiment: Experiment
-    generate: HFGenerate
-
-    def __call__(self, requests: list[Request], max_new_tokens: int) -> list[Answer]:
-        e = self.experiment
-        return self.generate(
-            [r.ids for r in requests], max_new_tokens, e.stop_ids, e.sampling, e.settings.seed
-        )
-
-
-def arms_of(experiment: Experiment) -> dict[str, Arm]:
-    """The method and its baselines by name. Plain decoding samples as `accept=match` does.
-
-    Plain decoding runs too, unasked, where later turns need its answers.
-    """
-    e = experiment
-    needed = ["none"] if most_turns(e.conversations) > 1 else []
-    return {METHOD: LoopArm(e, e.proposer, e.accept)} | {
-        name: _baseline_arm(e, name) for name in [*e.settings.baseline, *needed]
-    }
-
-
-def _baseline_arm(e: Experiment, name: str) -> Arm:
-    if name in PLAIN_DTYPES:
-        e = replace(e, target=e.target.cast(PLAIN_DTYPES[name]))
-    if name == "none" or name in PLAIN_DTYPES:
-        return LoopArm(e, NoDraft(e.target, Chain()), Match())
-    return HFArm(e, baseline(name, e.target.model, getattr(e.proposer, "assistant", None)))
 
 
 def measure(
@@ -181,15 +52,24 @@ def measure(
 def check_lengths(experiment: Experiment) -> None:
     """ValueError unless every turn fits the model, behind answers of full length."""
     e = experiment
-    for _, turn, chunk in _groups(e):
-        for r in _requests(e, chunk, turn, defaultdict(list)):
-            answers = (turn + 1) * e.settings.max_new_tokens
-            if len(r.ids) + answers > e.target.max_length:
-                raise ValueError(
-                    f"request {r.id}: {len(r.ids)} tokens of prompt and {answers} of answers exceed the "
-                    f"{e.target.max_length} that {e.target.name} can read: lower max_new_tokens=, "
-                    "or choose shorter prompts (data.limit=, data.categories=)"
-                )
+    for r, answers in _lengths(e):
+        if len(r.ids) + answers > e.target.max_length:
+            raise ValueError(
+                f"request {r.id}: {len(r.ids)} tokens of prompt and {answers} of answers exceed the "
+                f"{e.target.max_length} that {e.target.name} can read: lower max_new_tokens=, "
+                "or choose shorter prompts (data.limit=, data.categories=)"
+            )
+
+
+def _lengths(e: Experiment) -> Iterator[tuple[Request, int]]:
+    """Every request without the answers that its prompt will hold, and the tokens of these and of its own."""
+    for batch in _unanswered(e):
+        yield from ((r, (r.turn + 1) * e.settings.max_new_tokens) for r in batch)
+
+
+def _unanswered(e: Experiment) -> list[list[Request]]:
+    """The requests of every group, without the answers that their prompts will hold."""
+    return [_requests(e, chunk, turn, defaultdict(list)) for _, turn, chunk in _groups(e)]
 
 
 def summarise(experiment: Experiment, records: list[RequestRecord]) -> dict:
@@ -209,7 +89,10 @@ def summarise(experiment: Experiment, records: list[RequestRecord]) -> dict:
 
 
 def profile(experiment: Experiment) -> dict[str, float]:
-    """Milliseconds of each part of a step, from a pass of its own that synchronises after every part."""
+    """Milliseconds of each part of a step, from a pass of its own that synchronises after every part.
+
+    There the host takes every step, also where the timed ones stay on the device.
+    """
     e = experiment
     arm = LoopArm(e, e.proposer, e.accept)
     clock, steps = ProfilingClock(e.target.device), 0
@@ -247,11 +130,15 @@ def _requests(
 
 
 def _warm_up(e: Experiment, arms: dict[str, Arm]) -> None:
-    """Let every arm meet the shapes it will run, outside the measurement."""
-    first = _requests(e, e.conversations[: e.settings.batch_size], 0, {})
-    for _ in range(e.settings.warmup):
-        for arm in arms.values():
-            arm(first, min(16, e.settings.max_new_tokens))
+    """Let every arm meet the shapes it will run, outside the measurement: batches and the longest text.
+
+    The largest batch first: caches that are made for it serve the others where they are.
+    """
+    longest = max(len(r.ids) + answers for r, answers in _lengths(e))
+    by_size = {len(batch): batch for batch in reversed(_unanswered(e))}
+    sizes = sorted(by_size, reverse=True)
+    for _, size, arm in product(range(e.settings.warmup), sizes, arms.values()):
+        arm.warm_up(by_size[size], longest)
 
 
 def _answer_group(
@@ -270,9 +157,12 @@ def _timed(
     e: Experiment, name: str, arm: Arm, group: int, repeat: int, requests: list[Request]
 ) -> Iterator[RequestRecord]:
     memory, energy = PeakMemory(e.target.device), EnergyMeter.for_device(e.target.device)
+    clock = Clock(e.target.device)
     memory.reset()
+    clock.settled()  # the arm before may have left a step that nobody waits for
     energy.start()
     answers = arm(requests, e.settings.max_new_tokens)
+    clock.settled()
     joules, peak = energy.stop(), memory.peak_mb()
     for r, answer in zip(requests, answers, strict=True):
         yield RequestRecord(

@@ -74,6 +74,7 @@ def write_prompts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {first: folder / f"prompts-{first:06d}.json" for first in range(0, count, batch)}
+    proposer = NoDraft(target, Chain())
     missing, stop_ids = [f for f, file in files.items() if not file.exists()], (tokenizer.eos_token_id,)
     with _bar("prompts by the target", min(count, batch * len(missing))) as advance:
         for first in missing:
@@ -82,7 +83,7 @@ def write_prompts(
                 Sequence(first + i, chat_opening(tokenizer, words), longest, Philox(seed), stop_ids)
                 for i, words in enumerate(starts)
             ]
-            _run(target, NoDraft(target, Chain()), Sampling(temperature=1.0, top_k=64), seqs, advance)
+            _run(target, proposer, Sampling(temperature=1.0, top_k=64), seqs, advance)
             texts = _finished(tokenizer, starts, seqs)
             write_text(json.dumps(texts, ensure_ascii=False, indent=0), files[first])
     texts = [text for file in files.values() for text in _read_prompts(file)]
@@ -151,6 +152,7 @@ def write_answers(
     )
     _check_disk(target, missing, longest, taps, folder)
     names = _free_names(folder)
+    proposer = Recorder(target, taps) if taps else NoDraft(target, Chain())
     with _bar("answers of the target", len(missing)) as advance:
         for first in range(0, len(missing), batch):
             # Numbered by what they are asked: a sampled answer depends on nothing else that is.
@@ -158,7 +160,7 @@ def write_answers(
                 Sequence(int(digest(p), 16) & 0x7FFFFFFF, list(p), longest, Philox(seed), stop_ids)
                 for p in missing[first : first + batch]
             ]
-            _answer(target, seqs, taps, sampling, origin, advance).save(next(names))
+            _answer(target, proposer, seqs, taps, sampling, origin, advance).save(next(names))
     return shard_files(folder)
 
 
@@ -210,13 +212,14 @@ def _check_disk(
 
 def _answer(
     target: HFTarget,
+    proposer: NoDraft,
     seqs: list[Sequence],
     taps: tuple[Tap, ...],
     sampling: Sampling,
     origin: Origin,
     advance: Callable[[int, int], None],
 ) -> Shard:
-    _run(target, Recorder(target, taps) if taps else NoDraft(target, Chain()), sampling, seqs, advance)
+    _run(target, proposer, sampling, seqs, advance)
     return Shard(
         torch.tensor([t for s in seqs for t in s.tokens], dtype=torch.int32),
         torch.tensor([len(s.tokens) for s in seqs]),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.philox import Purpose, counter, open_unit, philox, race, row, rows
+from specdec_kernels.philox import Purpose, counter, open_unit, philox, race, row
 
 from .transfer import to_device
 
@@ -118,11 +118,3 @@ class StreamBatch:
             raise ValueError("the sequences of a batch must share one rng; give them the same seed: seed=0")
         fields = [[getattr(s, name) for s in streams] for name in ("request", "step", "position")]
         return cls(streams[0].rng, *(to_device(values, device) for values in fields))
-
-    def draw_at(self, weights_BNV: Tensor, depth_BN: Tensor) -> Tensor:
-        """int64 [B, N]: the target's draw at every node, keyed by position."""
-        position_BN = self.position_B[:, None] + depth_BN
-        request_BN, node_BN = self.request_B[:, None], torch.zeros_like(depth_BN)
-        vocab = weights_BNV.shape[-1]
-        u_BNV = rows(self.rng.seed, request_BN, position_BN, node_BN, Purpose.TARGET, vocab)
-        return race(weights_BNV, u_BNV.to(weights_BNV.dtype))

@@ -15,10 +15,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ._paths import conf_dir
+from .arms import METHOD
 from .config import Plan, check_overrides, load_config, make, prepare, with_names
 from .data import most_turns
 from .hardware import environment
-from .measure import METHOD, measure
+from .measure import measure
 from .metrics import speedup, steps_of, tokens_per_step
 from .records import RequestRecord
 from .store import RunFolder

@@ -1,6 +1,6 @@
 """Numbers from the host to the device, without waiting for it."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ def to_device(numbers: list, device: torch.device | str, dtype: torch.dtype | No
     return host.pin_memory().to(device, non_blocking=True) if on_cuda else host.to(device)
 
 
-@lru_cache(maxsize=1024)
+@cache  # for good: graphs hold their addresses
 def constant(numbers: tuple, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """The same, made once: a captured step can't fetch numbers from the host. Never write to it."""
     return to_device(list(numbers), device, dtype)

@@ -163,7 +163,8 @@ class TreeBatch:
 
     def padded(self, nodes: int) -> "TreeBatch":
         """The same with so many nodes."""
-        more = nodes - self.tokens_BN.shape[1]
+        if not (more := nodes - self.tokens_BN.shape[1]):
+            return self
         q_BNV = None if self.q_BNV is None else F.pad(self.q_BNV, (0, 0, 0, more))
         parents_BN = F.pad(self.parents_BN, (0, more), value=-1)
         tokens_BN, depth_BN, drawn_BN = (

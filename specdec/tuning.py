@@ -6,6 +6,7 @@ Shapes: K depths, R ranks among siblings.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from .arms import Experiment
 from .calibrate import (
     Acceptance,
     Size,
@@ -16,7 +17,6 @@ from .calibrate import (
     sizes,
     verify_seconds,
 )
-from .measure import Experiment
 from .text import Request
 from .trees import BestFirst, Paths, Sequoia, TreePolicy, best_paths, expected_length
 

@@ -99,7 +99,9 @@ class Given:
         return self.p_BNV.argmax(-1)
 
     def draw(self, streams: StreamBatch, depth_BN: Tensor) -> Tensor:
-        return streams.draw_at(self.p_BNV, depth_BN)
+        position_BN = streams.position_B[:, None] + depth_BN
+        keys = (streams.request_B[:, None], position_BN, torch.zeros_like(depth_BN), Purpose.TARGET)
+        return race(self.p_BNV, rows(streams.rng.seed, *keys, self.p_BNV.shape[-1]))
 
 
 def batched(

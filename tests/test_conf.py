@@ -10,8 +10,8 @@ import yaml
 from hydra.utils import get_object
 
 from specdec._paths import conf_dir
+from specdec.arms import Settings
 from specdec.config import build, load_config, make
-from specdec.measure import Settings
 from specdec.sampling import Sampling
 
 CONF = Path(conf_dir())

@@ -8,11 +8,12 @@ from models import VOCAB, requests, run, tiny
 from pit import randomised_pit, uniformity
 
 from specdec.accept import Block, Match, Recursive, Rejection, Rule
+from specdec.arms import Experiment, Settings
 from specdec.config import as_target, check_combination
 from specdec.data import Conversation
 from specdec.loading import random_model
 from specdec.lossless import audit, compare, decode_logits, first_difference, noise_bound, verify_logits
-from specdec.measure import Experiment, Settings, measure
+from specdec.measure import measure
 from specdec.proposers.draft_lm import DraftLM
 from specdec.proposers.ngram import NGram
 from specdec.records import RequestRecord

@@ -1,23 +1,29 @@
 """How a run measures: all arms read the same prompts, in an order that rotates; only answers are recorded."""
 
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
+from models import Uncaptured, like_a_gpu, tiny
 
 from specdec.accept import Match
+from specdec.arms import METHOD, Experiment, LoopArm, Settings, arms_of
+from specdec.cache import DeviceCache
 from specdec.data import Conversation
 from specdec.decode import PARTS, Clock, ProfilingClock
 from specdec.hardware import EnergyMeter, PeakMemory
-from specdec.measure import METHOD, Experiment, LoopArm, Settings, arms_of, measure, profile
+from specdec.measure import measure, profile
+from specdec.proposers.draft_lm import DraftLM
 from specdec.proposers.ngram import NGram
 from specdec.records import RequestRecord
 from specdec.sampling import Sampling
 from specdec.store import RunFolder
+from specdec.target import HFTarget
 from specdec.trees import Chain
 
+measurement = sys.modules["specdec.measure"]  # `specdec.measure` is the function
 TALKS = [Conversation(f"c{i}", "x", tuple(f"turn {t} of {i}" for t in range(1 + i % 2))) for i in range(5)]
 
 
@@ -119,18 +125,44 @@ def test_answers_do_not_depend_on_the_batch(size: int) -> None:
 
 
 def test_warming_up_and_profiling_leave_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocks = []
-    answer = LoopArm.__call__
+    clocks, warmed = [], []
+    answer, warm_up = LoopArm.__call__, LoopArm.warm_up
 
     def spy(self: LoopArm, requests: list, longest: int, clock: Clock | None = None) -> list:
         clocks.append(type(clock))
         return answer(self, requests, longest, clock)
 
+    def warm(self: LoopArm, requests: list, longest: int) -> None:
+        warmed.append((len(requests), longest))
+        warm_up(self, requests, longest)
+
     monkeypatch.setattr(LoopArm, "__call__", spy)
+    monkeypatch.setattr(LoopArm, "warm_up", warm)
     _, records = measure(experiment(TALKS[:2], warmup=3))
     assert len(records) == 2 * 3
-    # 3 times 2 arms to warm up, 3 requests by 2 arms, then the first turns again for the time split.
-    assert clocks == [type(None)] * 12 + [ProfilingClock] * 2
+    assert len(warmed) == 2 * 3
+    (warm_batch,) = set(warmed)
+    assert warm_batch == (1, max(r.prompt_tokens for r in records) + 6), "room for the longest text"
+    # 3 requests by 2 arms, then the first turns again for the time split.
+    assert clocks == [type(None)] * 6 + [ProfilingClock] * 2
+
+
+def test_nothing_is_captured_and_no_cache_moves_once_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts of all lengths, in batches of two sizes."""
+    like_a_gpu(monkeypatch)
+    events, capture, make, timed = [], Uncaptured.capture, DeviceCache.__init__, measurement._timed
+    monkeypatch.setattr(Uncaptured, "capture", lambda *a: events.append("capture") or capture(*a))
+    monkeypatch.setattr(DeviceCache, "__init__", lambda *a: events.append("cache") or make(*a))
+    monkeypatch.setattr(measurement, "_timed", lambda *a: events.append("timed") or timed(*a))
+    talks = [Conversation(f"c{i}", "x", ("word " * (1 + 7 * i),)) for i in range(3)]
+    e = experiment(talks, batch_size=2, warmup=1)
+    e.target = HFTarget(tiny().model, tokenizer=Letters(), fingerprint=tiny().fingerprint)
+    e.proposer = DraftLM(e.target, Chain(depth=2), layers=1)
+    measure(e)
+    first = events.index("timed")
+    last = len(events) - events[::-1].index("timed")
+    assert events[:first].count("capture") >= 2 * 2, "two arms, two sizes"
+    assert set(events[first:last]) == {"timed"}
 
 
 def test_the_time_split_is_of_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:

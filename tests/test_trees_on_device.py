@@ -100,6 +100,12 @@ def test_a_child_beyond_the_draft_vocabulary_is_refused() -> None:
     assert "child number 4 is asked of a draft of 3 tokens" in TopK(widths=(4,)).obstacle(3)
 
 
+def test_more_than_the_kernels_choose_from_is_refused() -> None:
+    assert "342 nodes of width 18 to choose from" in BestFirst(depth=2, nodes=19).obstacle(U)
+    assert BestFirst(depth=2, nodes=19).obstacle(16) is None
+    assert "are too many" in Eagle2(depth=6, nodes=30, width=16).obstacle(U)
+
+
 def test_a_policy_of_somebody_else_is_left_to_the_host() -> None:
     class Mine(TreePolicy):
         chain = True

@@ -24,6 +24,7 @@ from models import (
 
 from specdec import config
 from specdec.accept import Match
+from specdec.arms import Experiment, LoopArm, Settings
 from specdec.calibrate import (
     MISS,
     WARM_UP,
@@ -39,7 +40,6 @@ from specdec.calibrate import (
     verify_seconds,
 )
 from specdec.config import load_config, make
-from specdec.measure import Experiment, LoopArm, Settings
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_lm import DraftLM, first_layers
 from specdec.proposers.medusa import Medusa

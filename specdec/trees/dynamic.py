@@ -19,6 +19,8 @@ from ..tree import TokenTree, TreeBatch
 from .base import Growth, TreePolicy
 from .device import DeviceDraft, grow_best, root_alone
 
+WIDEST, MOST_DRAFTED = 16, 1040  # that top_tokens and tree_build are compiled for
+
 
 @dataclass(frozen=True)
 class BestFirst(TreePolicy):
@@ -61,6 +63,10 @@ class BestFirst(TreePolicy):
         return part(known, sorted(best(worth_N, self.nodes)))
 
     def obstacle(self, draft_vocab: int) -> str | None:
+        width = min(self._widest, draft_vocab)
+        drafted = width + max(0, self.depth - 1) * width**2
+        if width > WIDEST or drafted > MOST_DRAFTED:
+            return f"{drafted} nodes of width {width} to choose from are too many for its kernels"
         return self._obstacle()
 
     def grow_on_device(
