@@ -39,6 +39,11 @@ class Engine:
             expected = "expected false, score, step, or null to choose"
             raise ValueError(f"engine.graphs is {self.graphs!r}, {expected}: engine.graphs=null")
 
+        if self.compile not in (True, False):
+            raise ValueError(
+                f"engine.compile is {self.compile!r}, expected true or false: engine.compile=false"
+            )
+
     @property
     def implementation(self) -> str:
         """What the operations of specdec_kernels call the kernel."""

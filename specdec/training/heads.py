@@ -68,6 +68,8 @@ class HeadRecipe(Recipe):
             )
         if self.vocab < 1:
             raise ValueError(f"head.vocab is {self.vocab}, expected 1 or more: head.vocab=8192")
+        if self.start is not None:
+            zoo_file(self.start, "head.start")  # before answers are made for nothing
 
     def fresh(self, target: HFTarget, texts: Texts) -> nn.Module:
         if self.start is not None:
