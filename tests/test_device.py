@@ -83,6 +83,7 @@ def test_logits_that_are_not_numbers_name_the_request(monkeypatch: pytest.Monkey
             {"kernel": "cuda"},
             r"engine.kernel is 'cuda', expected one of auto, triton, sdpa: engine.kernel=auto",
         ),
+        ({"compile": "maybe"}, r"engine.compile is 'maybe', expected true or false: engine.compile=false"),
         (
             {"graphs": "yes"},
             r"engine.graphs is 'yes', expected false, score, step, or null .*engine.graphs=null",

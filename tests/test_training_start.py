@@ -42,8 +42,12 @@ def test_another_head_than_the_recipe_says_is_refused(shards: list[Path], tmp_pa
     wrong = {
         r"its post_norm is True, .* says False: give head.post_norm as it is": {"post_norm": False},
         r"its layers is \(0, 1\), .* says \(0,\): give head.layers": {"layers": (0,)},
-        r"head.start=nowhere: no such file": {"start": "nowhere"},
     }
     for message, changed in wrong.items():
         with pytest.raises(ValueError, match=message):
-            train(tiny(), shards, replace(EAGLE, **{"start": str(file)} | changed), tmp_path / "other")
+            train(tiny(), shards, replace(EAGLE, start=str(file), **changed), tmp_path / "other")
+
+
+def test_a_head_that_is_not_there_is_noticed_at_once() -> None:
+    with pytest.raises(ValueError, match="head.start=nowhere: no such file"):
+        replace(EAGLE, start="nowhere")
