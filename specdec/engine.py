@@ -38,7 +38,6 @@ class Engine:
         if self.graphs not in (None, False, "score", "step"):
             expected = "expected false, score, step, or null to choose"
             raise ValueError(f"engine.graphs is {self.graphs!r}, {expected}: engine.graphs=null")
-
         if self.compile not in (True, False):
             raise ValueError(
                 f"engine.compile is {self.compile!r}, expected true or false: engine.compile=false"

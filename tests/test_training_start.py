@@ -49,5 +49,5 @@ def test_another_head_than_the_recipe_says_is_refused(shards: list[Path], tmp_pa
 
 
 def test_a_head_that_is_not_there_is_noticed_at_once() -> None:
-    with pytest.raises(ValueError, match="head.start=nowhere: no such file"):
+    with pytest.raises(ValueError, match=r"^head.start=nowhere: no such file"):
         replace(EAGLE, start="nowhere")
