@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardware import memory_gib, native_bf16
@@ -24,6 +25,14 @@ def packed_head(head: nn.Module | None) -> Forwards:
     if not isinstance(head, nn.Linear) or not _onednn_packs(head.weight):
         return {}
     return {head: _through_onednn(head)}
+
+
+def packed_product(weight_UD: Tensor) -> Callable[[Tensor], Tensor]:
+    """x @ weight.T for any number of rows, through oneDNN where packing is to be had."""
+    if not _onednn_packs(weight_UD):
+        return lambda x: F.linear(x, weight_UD)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_UD.detach(), ROWS)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def packed_layers(decoder: nn.Module) -> Forwards:

@@ -414,5 +414,5 @@ def test_a_checkpoint_is_a_folder_or_could_be_a_hub_id(tmp_path: Path) -> None:
     file.touch()
     assert is_checkpoint(str(tmp_path))
     assert is_checkpoint("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B")
-    for name in (str(file), "smollm2-135m-medusa", "out/heads.safetensors", "a/b/c", "/nowhere/head"):
+    for name in (str(file), "smollm2-135m-hydra", "out/heads.safetensors", "a/b/c", "/nowhere/head"):
         assert not is_checkpoint(name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ..packed import packed_product
 from ..transfer import to_device
 from ..tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 from ..trees import DraftLaw
@@ -46,12 +47,13 @@ class Medusa(Grown):
         target: HFTarget,
         tree: TreePolicy,
         *,
-        heads: str = "smollm2-135m-medusa",
+        heads: str = "smollm2-135m-hydra",
         temperature: float = 1.0,
     ) -> None:
         super().__init__(target, tree)
         self.temperature = above_zero(temperature)
         self.heads, self.info, self.reading = _opened(heads, target)
+        self.heads.says = packed_product(self.heads.lm_head_UD)
         self.tree = tree.fitted(self.info.accuracy_KR) if self.info.accuracy_KR else tree
 
     def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:

@@ -90,12 +90,16 @@ class MedusaHeads(nn.Module):
         read_KXD = hidden_XD + F.silu(turned_KXD)
         if self.lm_head_KUD is not None:
             return read_KXD @ self.lm_head_KUD.mT
-        return F.linear(read_KXD, self.lm_head_UD)
+        return self.says(read_KXD)
+
+    def says(self, read: Tensor) -> Tensor:
+        """Logits [..., U] through the target's LM head; a proposer may put a packed product in its place."""
+        return F.linear(read, self.lm_head_UD)
 
     def behind(self, hidden_XD: Tensor, root_XD: Tensor, path_XJD: Tensor) -> Tensor:
         """Logits [X, U] of what stands behind J drafted tokens: Hydra's head J + 1 alone."""
         turned_XD = self._turned(hidden_XD, root_XD, path_XJD.shape[1]) + self._along(path_XJD)
-        return F.linear(hidden_XD + F.silu(turned_XD), self.lm_head_UD)
+        return self.says(hidden_XD + F.silu(turned_XD))
 
     def _turned(self, hidden_XD: Tensor, root_XD: Tensor, heads: slice | int) -> Tensor:
         """[K, X, D], or [X, D] of one head: what is known before anything is drafted."""
