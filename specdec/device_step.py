@@ -8,6 +8,7 @@ Shapes: B sequences, N nodes, F fields of a result.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -62,7 +63,7 @@ def device_step(
     """
     if not target.engine.whole_step or not target.captures:
         return None
-    if reason := obstacle(target, proposer, accept, seqs):
+    if reason := obstacle(proposer, accept, seqs):
         if target.engine.graphs == "step":
             raise ValueError(f"engine.graphs=step, but {reason}: engine.graphs=null")
         return None
@@ -75,10 +76,10 @@ def device_step(
     return proposer.steps[key]
 
 
-def obstacle(target: HFTarget, proposer: Proposer, accept: Rule, seqs: list[Sequence]) -> str | None:
+def obstacle(proposer: Proposer, accept: Rule, seqs: list[Sequence]) -> str | None:
     """Why these sequences can't be decoded on the device, where they can't."""
     kind, tree, first = type(proposer), type(proposer.tree), seqs[0]
-    if not decides_on_device(accept):
+    if not decides_on_device(accept) or not isinstance(accept, Hashable):
         return f"{type(accept).__name__} decides on the host"
     if not _same_author(kind, "propose_device", "propose", "observe", "start", "expand", "levels"):
         return f"{kind.__name__} changes what its drafts on the device leave as it was"
