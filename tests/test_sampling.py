@@ -11,7 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from specdec import sampling
 from specdec.rng import Key, Philox, Purpose, Stream, StreamBatch
-from specdec.sampling import Laws, Sampling
+from specdec.sampling import LawBatch, Laws, Sampling
 from specdec_kernels.philox import coins, philox, race, rows
 
 SETTINGS = [
@@ -196,12 +196,13 @@ def test_a_rare_token_keeps_its_share() -> None:
 
 def test_streams_do_not_depend_on_the_batch() -> None:
     streams = [Stream(Philox(9), request, step, 30 + step) for request, step in [(4, 0), (2, 7), (9, 7)]]
-    weights_BV = torch.rand(3, 50, generator=torch.Generator().manual_seed(2))
-    together = StreamBatch.pack(streams)
+    logits_BV, sampling = torch.randn(3, 50, generator=torch.Generator().manual_seed(2)), Sampling(1.0)
     depth_BN = torch.arange(4).expand(3, 4)
-    at_BN = together.draw_at(weights_BV.unsqueeze(1).expand(3, 4, 50), depth_BN).tolist()
+    laws = LawBatch(logits_BV.unsqueeze(1).expand(3, 4, 50), sampling)
+    at_BN = laws.draw(StreamBatch.pack(streams), depth_BN).tolist()
     for b, stream in enumerate(streams):
-        assert at_BN[b] == [stream.draw_at(weights_BV[b], depth) for depth in range(4)]
+        assert at_BN[b] == [stream.draw_at(sampling.law(logits_BV[b]), depth) for depth in range(4)]
+    assert len({tuple(row) for row in at_BN}) == 3
 
 
 def test_draws_from_the_target_depend_on_the_position_alone() -> None:
