@@ -24,15 +24,14 @@ def packed_head(head: nn.Module | None) -> Forwards:
     """The LM head through oneDNN, for any number of rows; nothing where packing is not to be had."""
     if not isinstance(head, nn.Linear) or not _onednn_packs(head.weight):
         return {}
-    return {head: _through_onednn(head)}
+    return {head: _through_onednn(head.weight, head.bias)}
 
 
 def packed_product(weight_UD: Tensor) -> Callable[[Tensor], Tensor]:
     """x @ weight.T for any number of rows, through oneDNN where packing is to be had."""
     if not _onednn_packs(weight_UD):
         return lambda x: F.linear(x, weight_UD)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_UD.detach(), ROWS)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return _through_onednn(weight_UD, None)
 
 
 def packed_layers(decoder: nn.Module) -> Forwards:
@@ -47,7 +46,7 @@ def packed_layers(decoder: nn.Module) -> Forwards:
     if torch.backends.mkl.is_available() and all(_is_on_cpu(w, torch.float32) for w in weights):
         return {layer: _through_mkl(layer) for layer in layers}
     if native_bf16() and all(_is_on_cpu(w, torch.bfloat16) and _onednn_packs(w) for w in weights):
-        return {layer: _through_onednn(layer) for layer in layers}
+        return {layer: _through_onednn(layer.weight, layer.bias) for layer in layers}
     return {}
 
 
@@ -65,9 +64,9 @@ def _through_mkl(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, layer.bias, ROWS)
 
 
-def _through_onednn(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
+def _through_onednn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @contextmanager
