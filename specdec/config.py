@@ -84,7 +84,7 @@ def check_overrides(overrides: list[str], name: str = "config") -> None:
             values = [str(v) for v in (one.sweep_iterator() if one.is_sweep_override() else [one.value()])]
             for value in values:
                 expect_known(value, choices, f"{one.key_or_group}={value}")
-            chosen.append(f"{one.key_or_group}={values[0]}")
+            chosen.append(f"{one.get_key_element()}={values[0]}")
     keys = sorted(_dotted(OmegaConf.to_container(_compose(name, chosen), resolve=False)))
     ours = [key for key in keys if not key.startswith("hydra.")]
     for key in (one.key_or_group for one in parsed if not one.is_add() and not one.is_force_add()):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 from models import (
     GREEDY,
     PROMPTS,
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from specdec._paths import conf_dir
 from specdec.accept import Match, Rule
-from specdec.config import check_combination, make
+from specdec.config import check_combination, load_config, make
 from specdec.decode import Sequence
 from specdec.proposers.base import Grown, Proposer
 from specdec.records import StepRecord
@@ -48,10 +48,19 @@ LIMITS = [24, 9, 17, 12]
 
 
 def named(group: str) -> dict[str, dict]:
-    return {p.stem: yaml.safe_load(p.read_text()) for p in sorted(Path(conf_dir(), group).glob("*.yaml"))}
+    return {p.stem: chosen(f"{group}={p.stem}") for p in sorted(Path(conf_dir(), group).glob("*.yaml"))}
+
+
+def chosen(*overrides: str) -> dict:
+    group = overrides[0].partition("=")[0]
+    return OmegaConf.to_container(load_config(list(overrides))[group], resolve=True)
 
 
 PROPOSERS, TREES, RULES = named("proposer"), named("tree"), named("accept")
+for second in ("draft_lm", "eagle3"):
+    PROPOSERS[f"lookup_first {second}"] = chosen(
+        "proposer=lookup_first", f"proposer@proposer.second={second}", "proposer.first.min_n=2"
+    )
 TREES["drawn_sequoia"] = TREES["sequoia"] | {"draws": True}
 
 
@@ -61,19 +70,26 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[HFTarget, dict[str, 
     folder, half = tmp_path_factory.mktemp("heads"), list(range(0, VOCAB, 2))
     return {
         tiny(): {
-            "medusa": save_heads(untrained_heads(tiny(), half), tiny(), folder / "medusa.safetensors"),
-            "eagle3": save_eagle(untrained_eagle(tiny(), half), tiny(), folder / "eagle3.safetensors"),
+            "Medusa": save_heads(untrained_heads(tiny(), half), tiny(), folder / "medusa.safetensors"),
+            "Eagle3": save_eagle(untrained_eagle(tiny(), half), tiny(), folder / "eagle3.safetensors"),
         },
         cyclic(): {
-            "medusa": save_heads(cyclic_heads(), cyclic(), folder / "right_medusa.safetensors"),
-            "eagle3": save_eagle(cyclic_eagle(), cyclic(), folder / "right_eagle3.safetensors"),
+            "Medusa": save_heads(cyclic_heads(), cyclic(), folder / "right_medusa.safetensors"),
+            "Eagle3": save_eagle(cyclic_eagle(), cyclic(), folder / "right_eagle3.safetensors"),
         },
     }
 
 
 def build(name: str, tree: str, target: HFTarget, heads: dict[HFTarget, dict[str, str]]) -> Proposer:
-    arguments = {"draft_lm": {"layers": 1}} | {kind: {"heads": file} for kind, file in heads[target].items()}
-    return make(PROPOSERS[name] | arguments.get(name, {}), partial=True)(target, policy(tree))
+    arguments = {"DraftLM": {"layers": 1}}
+    arguments |= {kind: {"heads": file} for kind, file in heads[target].items()}
+    return make(with_arguments(PROPOSERS[name], arguments), partial=True)(target, policy(tree))
+
+
+def with_arguments(node: dict, arguments: dict[str, dict]) -> dict:
+    """The node, and those inside it, with what these tests pass to each class."""
+    inside = {k: with_arguments(v, arguments) if isinstance(v, dict) else v for k, v in node.items()}
+    return inside | arguments.get(node["_target_"].rpartition(".")[2], {})
 
 
 @cache

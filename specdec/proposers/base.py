@@ -45,7 +45,7 @@ class Proposer(ABC):
     def observe(  # noqa: B027 - as above
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
-        """The trees were verified; the sequences' tokens do not hold the new ones yet."""
+        """The trees were verified, which may be another proposer's; `tokens` do not hold the new ones yet."""
 
     # A proposer that also drafts on the device says so in `obstacle`, and has the whole step captured.
 

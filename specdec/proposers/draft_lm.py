@@ -50,6 +50,11 @@ class _Draft:
     tree: TokenTree
     scored: int = 0
 
+    def kept(self, accepted: list[int]) -> list[int]:
+        """The rows of the committed tokens, and of those accepted that have one."""
+        rows = [*range(self.lag + 1), *(self.lag + n for n in followed(self.tree, accepted))]
+        return [row for row in rows if row < self.scored]
+
 
 class DraftLM(Grown):
     """Drafts with a smaller model.
@@ -122,9 +127,16 @@ class DraftLM(Grown):
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         for seq in seqs:
-            lag = len(seq.tokens) - 1 - self.draft.cache.lengths[seq.slot]
-            seq.draft = _Draft(lag, TokenTree(seq.tokens[-1:]))
+            seq.draft = _Draft(self._lag(seq), TokenTree(seq.tokens[-1:]))
         return super().propose(seqs)
+
+    def _lag(self, seq: Sequence) -> int:
+        """Tokens before the root that are read with it: the last one, where a whole draft was accepted."""
+        unread = seq.tokens[self.draft.cache.lengths[seq.slot] : -1]
+        if len(unread) <= 1:
+            return len(unread)
+        self.draft.prefill(seq.slot, self._readable(unread))  # others drafted them
+        return 0
 
     def expand(
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
@@ -191,13 +203,12 @@ class DraftLM(Grown):
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput
     ) -> None:
-        rows = []
-        for seq, tree, verdict in zip(seqs, trees, verdicts, strict=True):
-            lag, scored = seq.draft.lag, seq.draft.scored
-            accepted = followed(seq.draft.tree, [tree.tokens_N[n] for n in verdict.path_A])
-            kept = [*range(lag + 1), *(lag + n for n in accepted)]
-            rows.append([r for r in kept if r < scored])
-        self.draft.keep([seq.slot for seq in seqs], rows)
+        drafted = [(s, tree, v) for s, tree, v in zip(seqs, trees, verdicts, strict=True) if s.draft]
+        rows = [s.draft.kept([tree.tokens_N[n] for n in v.path_A]) for s, tree, v in drafted]
+        if drafted:
+            self.draft.keep([s.slot for s, _, _ in drafted], rows)
+        for seq, _, _ in drafted:
+            seq.draft = None
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:

@@ -81,8 +81,8 @@ class Eagle3(Grown):
     ) -> None:
         for b, (seq, verdict) in enumerate(zip(seqs, verdicts, strict=True)):
             rows = [0, *verdict.path_A]
-            pending_TD = self._fused({tap: h_BND[b, rows] for tap, h_BND in out.hidden.items()})
-            seq.draft = _Draft(pending_TD, pending_TD[:0])
+            new_TD = self._fused({tap: out.hidden[tap][b, rows] for tap in self.needs_hidden})
+            seq.draft = _Draft(torch.cat([seq.draft.pending_TD, new_TD]), new_TD[:0])
 
     @torch.inference_mode()
     def _fused(self, taps: dict[Tap, Tensor]) -> Tensor:
