@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._paths import conf_dir
@@ -19,6 +17,7 @@ from .data import Conversation
 from .engine import Engine
 from .hardware import Hardware
 from .loading import Loaded
+from .overrides import check_overrides, compose, expect_known
 from .proposers.base import Proposer
 from .sampling import Sampling
 from .target import HFTarget
@@ -41,20 +40,9 @@ def load_config(overrides: list[str] | None = None, name: str = "config") -> Dic
 
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         check_overrides(overrides or [], name)
-        cfg = _compose(name, overrides or [])
+        cfg = compose(name, overrides or [])
     with open_dict(cfg):
         return with_names(cfg, cfg.pop("hydra").runtime.choices)
-
-
-def _compose(name: str, overrides: list[str]) -> DictConfig:
-    from hydra import compose
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return compose(name, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def with_names(cfg: DictConfig, choices: dict[str, str]) -> DictConfig:
@@ -64,54 +52,6 @@ def with_names(cfg: DictConfig, choices: dict[str, str]) -> DictConfig:
     with open_dict(cfg):
         cfg.names = {group: choices[group] for group in NAMED if choices.get(group)}
     return cfg
-
-
-def check_overrides(overrides: list[str], name: str = "config") -> None:
-    """ValueError for a key or a choice that does not exist; call it inside an initialised Hydra."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
-    from omegaconf import OmegaConf
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        reason = str(error).splitlines()[1]
-        raise ValueError(f"{error.override!r} is no override, expected KEY=VALUE: {reason}") from error
-    chosen = []
-    for one in parsed:
-        choices = _choices(one.key_or_group)
-        if choices and not one.is_delete():
-            values = [str(v) for v in (one.sweep_iterator() if one.is_sweep_override() else [one.value()])]
-            for value in values:
-                expect_known(value, choices, f"{one.key_or_group}={value}")
-            chosen.append(f"{one.get_key_element()}={values[0]}")
-    keys = sorted(_dotted(OmegaConf.to_container(_compose(name, chosen), resolve=False)))
-    ours = [key for key in keys if not key.startswith("hydra.")]
-    for key in (one.key_or_group for one in parsed if not one.is_add() and not one.is_force_add()):
-        if not _choices(key) and not key.startswith("hydra."):
-            expect_known(key, ours, f"override {key}")
-
-
-def _choices(group: str) -> list[str]:
-    folder = Path(conf_dir(), group)
-    return sorted(p.stem for p in folder.glob("*.yaml")) + (["null"] if group == "experiment" else [])
-
-
-def expect_known(value: str, known: list[str], what: str) -> None:
-    """ValueError that names the nearest, unless `value` is one of `known`."""
-    if value in known or (value == "None" and "null" in known):
-        return
-    tail = [k for k in known if k.rpartition(".")[2] == value.rpartition(".")[2]]
-    near = tail or difflib.get_close_matches(value, known, n=1, cutoff=0.0)
-    listed = f"; there is: {', '.join(known)}" if len(known) <= 12 else ""
-    raise ValueError(f"{what} is unknown; the nearest is {near[0]!r}{listed}")
-
-
-def _dotted(node: dict, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
 
 
 @dataclass(frozen=True)
@@ -217,14 +157,18 @@ def make(node: DictConfig | dict, allow: Sequence[str] = (), *, partial: bool = 
 
     at = "" if isinstance(node, dict) else f"{node._get_full_key(None)}."
     plain = node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True)
-    for target in _targets(plain):
-        if target.partition(".")[0] not in ("specdec", *allow):
+    nodes = list(_nodes(plain, at))
+    for place, one in nodes:
+        package = str(one["_target_"]).partition(".")[0]
+        if package not in ("specdec", *allow):
             raise ValueError(
-                f"{at}_target_ {target} lies outside specdec and would run code of its own; "
-                f"if you trust it: allow=[{target.partition('.')[0]}]"
+                f"{place}_target_ {one['_target_']} lies outside specdec and would run code of its own; "
+                f"if you trust it: allow=[{package}]"
             )
     try:
-        check_arguments(get_object(plain["_target_"]), {k: v for k, v in plain.items() if k[0] != "_"}, at)
+        for place, one in nodes:
+            given = {k: v for k, v in one.items() if k[0] != "_"}
+            check_arguments(get_object(one["_target_"]), given, place)
         return instantiate(plain, _convert_="all", _partial_=partial)
     except ImportError as error:
         reason = " ".join(str(error).split())
@@ -265,11 +209,13 @@ def _checked(function: Callable, cfg: DictConfig) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
-def _targets(node: Any) -> Iterator[str]:
+def _nodes(node: Any, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node that has a _target_, with the keys that lead to it."""
     if isinstance(node, dict) and "_target_" in node:
-        yield str(node["_target_"])
-    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _targets(item)
+        yield at, node
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, item in items:
+        yield from _nodes(item, f"{at}{key}.")
 
 
 def names_of(cfg: DictConfig) -> dict[str, str]:

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from ._paths import conf_dir
 from .checkpoints.export import FORMATS, export
-from .config import as_target, check_overrides, expect_known, load_target
+from .config import as_target, load_target
+from .overrides import check_overrides, expect_known
 from .run import check_out, errors_in_one_line
 from .zoo import zoo_file
 

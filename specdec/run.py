@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ._paths import conf_dir
 from .arms import METHOD
-from .config import Plan, check_overrides, load_config, make, prepare, with_names
+from .config import Plan, load_config, make, prepare, with_names
 from .data import most_turns
 from .hardware import environment
 from .measure import measure
 from .metrics import speedup, steps_of, tokens_per_step
+from .overrides import check_overrides
 from .records import RequestRecord
 from .store import RunFolder
 from .sweep import WRONG_INPUT

@@ -22,10 +22,11 @@ from ._paths import conf_dir
 from .accept import Greedy, Match
 from .arms import Experiment
 from .calibrate import Size, growing
-from .config import Plan, check_overrides, load_config, make, prepare
+from .config import Plan, load_config, make, prepare
 from .data import Conversation
 from .files import write_text
 from .measure import check_lengths, measure
+from .overrides import check_overrides
 from .proposers.base import Grown
 from .run import check_out, errors_in_one_line
 from .store import json_text

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from models import (
     GREEDY,
     PROMPTS,
@@ -30,6 +29,7 @@ from models import (
     untrained_eagle,
     untrained_heads,
 )
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from specdec._paths import conf_dir
@@ -58,9 +58,7 @@ def chosen(*overrides: str) -> dict:
 
 PROPOSERS, TREES, RULES = named("proposer"), named("tree"), named("accept")
 for second in ("draft_lm", "eagle3"):
-    PROPOSERS[f"lookup_first {second}"] = chosen(
-        "proposer=lookup_first", f"proposer@proposer.second={second}", "proposer.first.min_n=2"
-    )
+    PROPOSERS[f"with_lookup {second}"] = chosen("proposer=with_lookup", f"proposer@proposer.draft={second}")
 TREES["drawn_sequoia"] = TREES["sequoia"] | {"draws": True}
 
 

@@ -30,7 +30,13 @@ class Table:
 
     def law(self, text: Text) -> Tensor:
         g = torch.Generator().manual_seed(hash((self.seed, *text)) % 2**31)
-        logits_V = torch.randint(self.choices, (V,), generator=g) * (4.0 / self.choices)
+        many = self.choices > V
+        drawn_V = (
+            torch.randperm(self.choices, generator=g)[:V]
+            if many
+            else torch.randint(self.choices, (V,), generator=g)
+        )
+        logits_V = drawn_V * (4.0 / self.choices)
         logits_V[torch.randperm(V, generator=g)[self.support :]] = -torch.inf
         return logits_V.log_softmax(0)
 

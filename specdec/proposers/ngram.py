@@ -66,14 +66,7 @@ class NGram(Grown):
 
     def occurrences(self, tokens_L: np.ndarray) -> list[int]:
         """Where the text goes on after earlier occurrences of its longest such suffix, preferred first."""
-        last = len(tokens_L) - 1
-        ends, matched = np.flatnonzero(tokens_L[:last] == tokens_L[last]), 1
-        while matched < self.max_n:
-            longer = ends[ends >= matched]
-            longer = longer[tokens_L[longer - matched] == tokens_L[last - matched]]
-            if not len(longer):
-                break
-            ends, matched = longer, matched + 1
+        ends, matched = longest_suffix(tokens_L, self.max_n)
         if matched < self.min_n:
             return []
         order = ends[::-1] if self.prefer == "recent" else ends
@@ -119,6 +112,19 @@ class NGram(Grown):
             if end < len(seq.tokens) and seq.tokens[start:end] == path:
                 votes[seq.tokens[end]] = votes.get(seq.tokens[end], 0.0) + 3.0**-age
         return votes
+
+
+def longest_suffix(tokens_L: np.ndarray, max_n: int) -> tuple[np.ndarray, int]:
+    """Where the longest suffix of up to `max_n` tokens that occurs before ended there, and its length."""
+    last = len(tokens_L) - 1
+    ends, matched = np.flatnonzero(tokens_L[:last] == tokens_L[last]), 1
+    while matched < max_n:
+        longer = ends[ends >= matched]
+        longer = longer[tokens_L[longer - matched] == tokens_L[last - matched]]
+        if not len(longer):
+            break
+        ends, matched = longer, matched + 1
+    return ends, matched if len(ends) else 0
 
 
 def copy_chain(texts: DeviceTexts, start_BM: Tensor, depth: int) -> tuple[Tensor, Tensor]:

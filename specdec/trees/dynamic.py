@@ -58,8 +58,7 @@ class BestFirst(TreePolicy):
             for node, law in zip(frontier, laws, strict=True):
                 for token, logp in law.top(self._widest):
                     known.add(token, node, logp)
-                    no_gain = min(logp, 0.0)  # rounding must not lift a child above its parent
-                    worth_N.append(worth_N[node] + no_gain)
+                    worth_N.append(_worth_below(worth_N[node], logp))
         return part(known, sorted(best(worth_N, self.nodes)))
 
     def obstacle(self, draft_vocab: int) -> str | None:
@@ -98,6 +97,18 @@ class Eagle2(BestFirst):
     @property
     def _widest(self) -> int:
         return min(self.width, super()._widest)
+
+
+def worth(tree: TokenTree) -> list[float]:
+    """The log-probability of the path to each node under the draft."""
+    worth_N = [0.0]
+    for parent, logp in zip(tree.parents_N[1:], tree.logp_N[1:], strict=True):
+        worth_N.append(_worth_below(worth_N[parent], logp))
+    return worth_N
+
+
+def _worth_below(parent: float, logp: float) -> float:
+    return parent + min(logp, 0.0)  # rounding must not lift a child above its parent
 
 
 def best(worth_N: list[float], count: int) -> list[int]:
