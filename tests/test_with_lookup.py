@@ -19,6 +19,7 @@ from models import (
     untrained_heads,
 )
 
+from experiments.lookup_chances import chances, hits
 from specdec.config import load_config
 from specdec.decode import Sequence, prefill
 from specdec.proposers.base import Proposer
@@ -187,6 +188,13 @@ def test_a_drawn_tree_stays_as_it_was_drawn(drafts: dict[str, Make]) -> None:
     assert given_back
     assert given_back <= {id(tree) for _, _, tree in answered}
     assert all(not tree.q_rows for _, _, tree in answered if id(tree) not in given_back)
+
+
+def test_chances_are_measured_on_answers() -> None:
+    text = np.array([1, 2, 3, 1, 2, 4, 1, 2, 4, 9])  # an answer behind the first three
+    found = list(hits(text, 3, 2))
+    assert found == [(1, True), (2, False), (1, True), (2, True), (2, False)]
+    assert chances(found, 2) == [(2, 1.0), (3, 1 / 3)]
 
 
 def test_alone_it_is_prompt_lookup(drafts: dict[str, Make]) -> None:
