@@ -42,7 +42,8 @@ class Sampling:
 
     def laws(self, logits_XV: Tensor) -> Tensor:
         """float32 [X, V]: the laws of many rows at once; no synchronisation on CUDA."""
-        best_X1 = logits_XV.argmax(dim=-1, keepdim=True)
+        # In 16 bits a CPU takes five times as long to find the largest (experiments/LOG.md).
+        best_X1 = (logits_XV if logits_XV.is_cuda else logits_XV.float()).argmax(dim=-1, keepdim=True)
         if self.temperature == 0:
             return torch.zeros_like(logits_XV, dtype=torch.float32).scatter_(-1, best_X1, 1.0)
         below_XV = logits_XV.float() - logits_XV.gather(-1, best_X1).float()  # cannot overflow when divided

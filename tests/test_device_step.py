@@ -353,7 +353,7 @@ def without_data(step: steps.DeviceStep) -> None:
         target.device, target._forwards = torch.device("meta"), {}
         target.cache._stacks = {key: stack.to("meta") for key, stack in target.cache._stacks.items()}
     for module in (m for m in vars(step.proposer).values() if isinstance(m, torch.nn.Module)):
-        vars(module.to("meta")).pop("says", None)
+        module.to("meta").pack()
     if (named := getattr(step.proposer, "_named", None)) is not None:
         step.proposer._named = named.to("meta")
     texts = step.texts

@@ -182,16 +182,16 @@ def test_a_level_of_all_trees_is_one_forward(tmp_path: Path, monkeypatch: pytest
     proposer, forwards = Medusa(tiny(), TREES["topk"], heads=saved(tmp_path)), []
     behind = proposer.heads.behind
 
-    def counted(hidden_XD: Tensor, root_XD: Tensor, path_XJD: Tensor) -> Tensor:
-        forwards.append(path_XJD.shape[:2])
-        return behind(hidden_XD, root_XD, path_XJD)
+    def counted(hidden_XD: Tensor, read_XJD: Tensor) -> Tensor:
+        forwards.append(read_XJD.shape[:2])
+        return behind(hidden_XD, read_XJD)
 
     monkeypatch.setattr(proposer.heads, "behind", counted)
     seqs = requests([[1, 2, 3], [4, 5]])
     hidden_1D = torch.randn(1, proposer.heads.bias_KD.shape[1])
     proposer.start(seqs, [{"final": hidden_1D}] * 2)
     proposer.propose(seqs)
-    assert forwards == [(2, 0), (6, 1), (12, 2)]
+    assert forwards == [(2, 1), (6, 2), (12, 3)]
 
 
 @every_tree

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..packed import packed_product
 from ..transfer import to_device
 from ..tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 from ..trees import DraftLaw
@@ -53,7 +52,7 @@ class Medusa(Grown):
         super().__init__(target, tree)
         self.temperature = above_zero(temperature)
         self.heads, self.info, self.reading = _opened(heads, target)
-        self.heads.says = packed_product(self.heads.lm_head_UD)
+        self.heads.pack()
         self.tree = tree.fitted(self.info.accuracy_KR) if self.info.accuracy_KR else tree
 
     def start(self, seqs: list[Sequence], hidden: list[dict[int | str, Tensor]]) -> None:
@@ -108,7 +107,7 @@ class Medusa(Grown):
         tokens_XJ = to_device([path for _, path in nodes], self.target.device)
         read_XJD = token_embeddings(self.target, tokens_XJ)
         hidden_XD = torch.cat([seq.draft.hidden_1D for seq, _ in nodes])
-        return self._laws(self.heads.behind(hidden_XD, read_XJD[:, 0], read_XJD[:, 1:]))
+        return self._laws(self.heads.behind(hidden_XD, read_XJD))
 
     def _laws(self, logits_XU: Tensor) -> list[DraftLaw]:
         return [DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in self._logq(logits_XU)]
@@ -139,7 +138,7 @@ class Medusa(Grown):
         B, F, _ = paths_BFJ.shape
         read_XJD = token_embeddings(self.target, paths_BFJ.flatten(0, 1))
         hidden_XD = hidden_BD.repeat_interleave(F, 0)
-        logits_XU = self.heads.behind(hidden_XD, read_XJD[:, 0], read_XJD[:, 1:])
+        logits_XU = self.heads.behind(hidden_XD, read_XJD)
         return self._logq(logits_XU).view(B, F, -1)
 
     def observe_device(self, texts: DeviceTexts, verdicts: VerdictBatch, out: TargetOutput) -> None:

@@ -5,7 +5,7 @@ root, the token that the LM head said there. The root is known by then, so heads
 law of a Medusa head depends on the depth alone. A Hydra head reads also the k - 1 tokens drafted between the
 root and what it says, so its law depends on the path.
 Shapes: K heads, J drafted tokens, P squares (one for each head and token on its path), X positions, D width,
-U draft vocabulary, R ranks.
+I read side by side, U draft vocabulary, R ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..packed import packed_product
 from .headfile import Shapes, check_head, read_head, write_head
 
 if TYPE_CHECKING:
@@ -83,36 +84,46 @@ class MedusaHeads(nn.Module):
 
         path_XJD  Hydra only: the K - 1 tokens below each root; head k reads the first k - 1
         """
-        turned_KXD = self._turned(hidden_XD, root_XD, slice(None))
+        turned_KXD = hidden_XD @ self.weight_KDD + self.bias_KD.unsqueeze(-2)
+        if self.root_KDD is not None:
+            turned_KXD = turned_KXD + root_XD @ self.root_KDD
         if self.hydra:
-            heads = range(len(turned_KXD))
-            turned_KXD = turned_KXD + torch.stack([self._along(path_XJD[:, :J]) for J in heads])
+            turned_KXD = turned_KXD + torch.stack(
+                [self._along(path_XJD[:, :J]) for J in range(len(turned_KXD))]
+            )
         read_KXD = hidden_XD + F.silu(turned_KXD)
         if self.lm_head_KUD is not None:
             return read_KXD @ self.lm_head_KUD.mT
         return self.says(read_KXD)
 
     def says(self, read: Tensor) -> Tensor:
-        """Logits [..., U] through the target's LM head; a proposer may put a packed product in its place."""
+        """Logits [..., U] through the target's LM head."""
         return F.linear(read, self.lm_head_UD)
 
-    def behind(self, hidden_XD: Tensor, root_XD: Tensor, path_XJD: Tensor) -> Tensor:
-        """Logits [X, U] of what stands behind J drafted tokens: Hydra's head J + 1 alone."""
-        turned_XD = self._turned(hidden_XD, root_XD, path_XJD.shape[1]) + self._along(path_XJD)
-        return self.says(hidden_XD + F.silu(turned_XD))
+    def behind(self, hidden_XD: Tensor, read_XJD: Tensor) -> Tensor:
+        """Logits [X, U] of what stands behind J tokens, the root and those drafted: packed Hydra head J."""
+        J = read_XJD.shape[1]
+        read_XI = torch.cat([hidden_XD.unsqueeze(1), read_XJD], 1).flatten(1)
+        return self.says(hidden_XD + F.silu(self.turns[J - 1](read_XI) + self.bias_KD[J - 1]))
 
-    def _turned(self, hidden_XD: Tensor, root_XD: Tensor, heads: slice | int) -> Tensor:
-        """[K, X, D], or [X, D] of one head: what is known before anything is drafted."""
-        turned_KXD = hidden_XD @ self.weight_KDD[heads]
-        if self.root_KDD is not None:
-            turned_KXD = turned_KXD + root_XD @ self.root_KDD[heads]
-        return turned_KXD + self.bias_KD[heads].unsqueeze(-2)
+    def pack(self) -> None:
+        """Have products packed for a handful of rows, and those of one Hydra head done as one."""
+        self.says = packed_product(self.lm_head_UD)
+        if self.hydra:
+            squares = zip(
+                self.weight_KDD, self.root_KDD, map(self._path, range(len(self.bias_KD))), strict=True
+            )
+            self.turns = [
+                packed_product(torch.cat([own, root, *path]).T.contiguous()) for own, root, path in squares
+            ]
 
     def _along(self, path_XJD: Tensor) -> Tensor:
         """[X, D]: what J drafted tokens add for head J + 1."""
-        J = path_XJD.shape[1]
-        weight_JDD = self.path_PDD[_before(J) : _before(J + 1)]
-        return path_XJD.flatten(1) @ weight_JDD.flatten(0, 1)
+        return path_XJD.flatten(1) @ self._path(path_XJD.shape[1]).flatten(0, 1)
+
+    def _path(self, J: int) -> Tensor:
+        """[J, D, D] of head J + 1."""
+        return self.path_PDD[_before(J) : _before(J + 1)]
 
     def save(self, path: Path, info: MedusaInfo) -> None:
         """Weights in bfloat16 and the draft vocabulary, as safetensors with `info` in its metadata."""
