@@ -59,6 +59,7 @@ def chosen(*overrides: str) -> dict:
 PROPOSERS, TREES, RULES = named("proposer"), named("tree"), named("accept")
 for second in ("draft_lm", "eagle3"):
     PROPOSERS[f"with_lookup {second}"] = chosen("proposer=with_lookup", f"proposer@proposer.draft={second}")
+PROPOSERS["medusa of few tokens"] = PROPOSERS["medusa"] | {"top_k": 3}
 TREES["drawn_sequoia"] = TREES["sequoia"] | {"draws": True}
 
 
@@ -190,7 +191,13 @@ def test_drafts_on_the_device_are_those_of_the_host(
 
 
 CHAINS = {"chain", "sampled_chain"}
-DRAFT_ON_DEVICE = {"none": TREES, "medusa": TREES, "ngram": {"chain"}, "draft_lm": CHAINS}
+DRAFT_ON_DEVICE = {
+    "none": TREES,
+    "medusa": TREES,
+    "medusa of few tokens": TREES,
+    "ngram": {"chain"},
+    "draft_lm": CHAINS,
+}
 
 
 def records(proposer: Proposer) -> list[StepRecord]:

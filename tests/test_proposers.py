@@ -173,6 +173,16 @@ def test_a_neighbour_that_drafts_on_leaves_the_rows_of_a_complete_tree_alone() -
     assert [s.history for s in seqs] == [s.history for s in alone]
 
 
+def test_a_drawn_tree_draws_from_the_most_likely_tokens() -> None:
+    few, whole = (DraftLM(tiny(), Sampled(depth=1), layers=1, top_k=k) for k in (5, 0))
+    logits_XV = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
+    q_XV, p_XV = few.log_laws(logits_XV).exp(), whole.log_laws(logits_XV).exp()
+    kept_XV = p_XV >= p_XV.topk(5).values[:, -1:]
+    assert torch.equal(q_XV > 0, kept_XV)
+    assert torch.allclose(q_XV, p_XV * kept_XV / (p_XV * kept_XV).sum(-1, keepdim=True))
+    assert torch.equal(DraftLM(tiny(), Chain(depth=1), layers=1, top_k=5).log_laws(logits_XV).exp(), p_XV)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_the_draft_s_laws_are_those_of_a_plain_forward(temperature: float) -> None:
     proposer = DraftLM(tiny(), Sampled(depth=2, widths=(2, 1)), layers=1, temperature=temperature)
@@ -247,6 +257,7 @@ def test_a_draft_with_another_tokenizer_is_refused_with_a_token(tmp_path: Path) 
         ({"layers": 0}, "proposer.layers is 0, expected 1 to 2"),
         ({"layers": 3}, "proposer.layers is 3, expected 1 to 2"),
         ({"layers": 1, "temperature": 0.0}, "proposer.temperature is 0.0.*proposer.temperature=1"),
+        ({"layers": 1, "top_k": -1}, "proposer.top_k is -1.*proposer.top_k=64"),
         ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..proposers.base import Grown
+from ..proposers.base import FromLogits
 from ..proposers.eagle3 import Eagle3
 from ..proposers.eagle3_head import KIND, Eagle3Config, Eagle3Head, ready
 from .dialects import SPECULATORS, Said, understood
@@ -58,8 +58,7 @@ class Eagle3InMemory(Eagle3):
     """Drafts with a head that lies in no file of ours."""
 
     def __init__(self, target: HFTarget, tree: TreePolicy, head: Eagle3Head) -> None:
-        Grown.__init__(self, target, tree)
-        self.temperature = 1.0
+        FromLogits.__init__(self, target, tree)
         self._take(head)
 
 

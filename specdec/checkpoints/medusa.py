@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..proposers.base import Grown
+from ..proposers.base import FromLogits
 from ..proposers.medusa import Medusa
 from ..proposers.medusa_heads import KIND, MedusaHeads, MedusaInfo
 from .files import Reading, Unusable, read, refused, same_tokenizer
@@ -70,8 +70,8 @@ class MedusaInMemory(Medusa):
     """Drafts with heads that lie in no file of ours."""
 
     def __init__(self, target: HFTarget, tree: TreePolicy, heads: MedusaHeads) -> None:
-        Grown.__init__(self, target, tree)
-        self.temperature, self.heads = 1.0, heads
+        FromLogits.__init__(self, target, tree)
+        self.heads = heads
 
 
 def _reading(config: dict[str, Any], tensors: dict[str, Tensor], target: HFTarget) -> Reading:

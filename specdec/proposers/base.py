@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..tree import TokenTree, TreeBatch, Verdict, VerdictBatch
@@ -105,10 +106,27 @@ def _resume(growth: Growth, laws: list[DraftLaw] | None) -> tuple[TokenTree, lis
         return done.value, []
 
 
-def above_zero(temperature: float) -> float:
-    """The temperature of a draft's laws, which can't be one-hot. ValueError: zero or less."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1"
-        )
-    return temperature
+class FromLogits(Grown):
+    """A proposer whose laws come from logits.
+
+    temperature, top_k  of the laws, where the tree draws from them; top_k=0 keeps the whole draft vocabulary.
+                        A law of few tokens is cheap to draw from, and loses little
+    """
+
+    def __init__(self, target: HFTarget, tree: TreePolicy, temperature: float = 1.0, top_k: int = 0) -> None:
+        super().__init__(target, tree)
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1"
+            )
+        if top_k < 0:
+            raise ValueError(f"proposer.top_k is {top_k}, expected a count, or 0 for all: proposer.top_k=64")
+        self.temperature, self.top_k = temperature, top_k
+
+    def log_laws(self, logits: Tensor) -> Tensor:
+        """float32 [..., K]: normalised log-probabilities, -inf where there is no support."""
+        logits = logits.float() / self.temperature
+        if self.tree.draws and 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        return logits.log_softmax(-1)

@@ -22,7 +22,7 @@ from ..tree import TokenTree, TreeBatch, Verdict
 from ..trees import DraftLaw, Fixed, followed
 from ..trees.device import DeviceDraft, chains
 from ..zoo import zoo_file
-from .base import Grown, above_zero
+from .base import FromLogits
 from .draft_head import causal_lm, load, with_part
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class _Draft:
         return [row for row in rows if row < self.scored]
 
 
-class DraftLM(Grown):
+class DraftLM(FromLogits):
     """Drafts with a smaller model.
 
     path         folder or hub id of the draft; or
     layers       how many of the target's own first layers draft; or
     heads        file of layers distilled from the target, or the name of one in the zoo; the zoo's for the
                  default target where none of the three is given
-    temperature  of the draft's laws, where the tree draws from them
+    temperature, top_k  of the draft's laws, where the tree draws from them; top_k=0: the whole vocabulary
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class DraftLM(Grown):
         layers: int | None = None,
         heads: str | None = None,
         temperature: float = 1.0,
+        top_k: int = 64,
         dtype: str = "auto",
     ) -> None:
-        super().__init__(target, tree)
+        super().__init__(target, tree, temperature, top_k)
         given = {"path": path, "layers": layers, "heads": heads}
         if len(chosen := [f"{name}={value}" for name, value in given.items() if value is not None]) > 1:
             raise ValueError(
                 f"proposer=draft_lm got {', '.join(chosen)}: expected one of proposer.path=ID_OR_FOLDER, "
                 "proposer.layers=8 (the target's first layers) and proposer.heads=FILE (distilled layers)"
             )
-        self.temperature = above_zero(temperature)
         self.tokens_U: Tensor | None = None
         if path is not None:
             model = self._load(path, dtype)
@@ -198,7 +198,7 @@ class DraftLM(Grown):
 
     def _logq(self, logits_XV: Tensor) -> Tensor:
         """Over the common vocabulary: ids that the target does not know are masked before q is formed."""
-        return torch.log_softmax(logits_XV[..., : self._known].float() / self.temperature, dim=-1)
+        return self.log_laws(logits_XV[..., : self._known])
 
     def observe(
         self, seqs: list[Sequence], trees: list[TokenTree], verdicts: list[Verdict], out: TargetOutput

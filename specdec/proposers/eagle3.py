@@ -18,7 +18,7 @@ from ..target import SLACK, HFTarget, Tap, few_sizes
 from ..tree import TokenTree, TreeBatch, Verdict
 from ..trees import DraftLaw
 from ..zoo import zoo_file
-from .base import Grown, above_zero
+from .base import FromLogits
 from .eagle3_head import Eagle3Head, Eagle3Info, load
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ..trees import TreePolicy
 
 
-class Eagle3(Grown):
+class Eagle3(FromLogits):
     """Drafts with an EAGLE-3 head.
 
     heads        file of a head, the name of one in the zoo, or a folder or hub id of another project's
-    temperature  of the draft's laws, where the tree draws from them
+    temperature, top_k  of the draft's laws, where the tree draws from them; top_k=0: the whole vocabulary
 
     Its cache holds rows of true hidden states only: what was drafted is forgotten, and the accepted path is
     read anew with what the target held there.
@@ -44,9 +44,9 @@ class Eagle3(Grown):
         *,
         heads: str = "smollm2-135m-eagle3",
         temperature: float = 1.0,
+        top_k: int = 64,
     ) -> None:
-        super().__init__(target, tree)
-        self.temperature = above_zero(temperature)
+        super().__init__(target, tree, temperature, top_k)
         head, self.info, self.reading = _opened(heads, target)
         self.tree = tree.fitted(self.info.accuracy_KR) if self.info.accuracy_KR else tree
         self._take(head)
@@ -159,9 +159,9 @@ class Eagle3(Grown):
     @torch.inference_mode()
     def _laws(self, rows_XD: Tensor) -> list[DraftLaw]:
         with replaced(self._packed):
-            logits_XU = self.head.logits(rows_XD).float() / self.temperature
+            logq_XU = self.log_laws(self.head.logits(rows_XD))
         tokens_U = self.head.tokens_U.long()
-        return [DraftLaw(logq_U, self.target.vocab, tokens_U) for logq_U in logits_XU.log_softmax(-1)]
+        return [DraftLaw(logq_U, self.target.vocab, tokens_U) for logq_U in logq_XU]
 
 
 def _opened(heads: str, target: HFTarget) -> tuple[Eagle3Head, Eagle3Info, str | None]:

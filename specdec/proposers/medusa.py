@@ -20,7 +20,7 @@ from ..tree import TokenTree, TreeBatch, Verdict, VerdictBatch
 from ..trees import DraftLaw
 from ..trees.device import DeviceDraft
 from ..zoo import zoo_file
-from .base import Grown, above_zero
+from .base import FromLogits
 from .medusa_heads import MedusaHeads, MedusaInfo, token_embeddings
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 Node = tuple["Sequence", list[int]]  # the tokens lead from the sequence's root down to it
 
 
-class Medusa(Grown):
+class Medusa(FromLogits):
     """Drafts with Medusa or Hydra heads, whichever the file holds.
 
     heads        file of heads, or the name of one in the zoo; or a folder or hub id of another project's
-    temperature  of the draft's laws, where the tree draws from them
+    temperature, top_k  of the draft's laws, where the tree draws from them; top_k=0: the whole vocabulary
     """
 
     needs_hidden: ClassVar = ("final",)
@@ -48,9 +48,9 @@ class Medusa(Grown):
         *,
         heads: str = "smollm2-135m-hydra",
         temperature: float = 1.0,
+        top_k: int = 64,
     ) -> None:
-        super().__init__(target, tree)
-        self.temperature = above_zero(temperature)
+        super().__init__(target, tree, temperature, top_k)
         self.heads, self.info, self.reading = _opened(heads, target)
         self.heads.pack()
         self.tree = tree.fitted(self.info.accuracy_KR) if self.info.accuracy_KR else tree
@@ -110,10 +110,9 @@ class Medusa(Grown):
         return self._laws(self.heads.behind(hidden_XD, read_XJD))
 
     def _laws(self, logits_XU: Tensor) -> list[DraftLaw]:
-        return [DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in self._logq(logits_XU)]
-
-    def _logq(self, logits: Tensor) -> Tensor:
-        return torch.log_softmax(logits.float() / self.temperature, dim=-1)
+        return [
+            DraftLaw(logq_U, self.target.vocab, self.heads.tokens_U) for logq_U in self.log_laws(logits_XU)
+        ]
 
     def obstacle(self, seqs: list[Sequence]) -> str | None:
         if not all(len(s.draft.hidden_1D) for s in seqs):
@@ -129,7 +128,7 @@ class Medusa(Grown):
             expand = partial(self._at_paths, hidden_BD)
         else:
             logits_KBU = self.heads(hidden_BD, token_embeddings(self.target, root_B))
-            expand = partial(_at_depth, self._logq(logits_KBU))
+            expand = partial(_at_depth, self.log_laws(logits_KBU))
         draft = DeviceDraft(expand, self.target.vocab, self.heads.tokens_U, len(self.heads.bias_KD))
         return self.tree.grow_on_device(root_B, texts.levels_B, draft, texts.streams)
 
@@ -139,7 +138,7 @@ class Medusa(Grown):
         read_XJD = token_embeddings(self.target, paths_BFJ.flatten(0, 1))
         hidden_XD = hidden_BD.repeat_interleave(F, 0)
         logits_XU = self.heads.behind(hidden_XD, read_XJD)
-        return self._logq(logits_XU).view(B, F, -1)
+        return self.log_laws(logits_XU).view(B, F, -1)
 
     def observe_device(self, texts: DeviceTexts, verdicts: VerdictBatch, out: TargetOutput) -> None:
         final_BND = out.hidden["final"]
