@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.philox import Purpose, counter, open_unit, philox, race, row
+from specdec_kernels.philox import Purpose, blocks, counter, open_unit, philox, race, row
 
 from .transfer import to_device
 
@@ -63,8 +63,8 @@ class Philox(Rng):
         vocab = int(support_S[-1]) + 1
         if vocab < 4 * len(support_S):  # a block serves four tokens: here the whole row costs less
             return row(self.seed, vocab, *counter(*key), support_S.device)[support_S]
-        words_4S = torch.stack(philox(self.seed, support_S >> 2, *counter(*key)))
-        return open_unit(words_4S.gather(0, (support_S & 3).unsqueeze(0)).squeeze(0))
+        words_S4 = blocks(self.seed, support_S >> 2, *counter(*key))
+        return open_unit(words_S4.gather(1, (support_S & 3).unsqueeze(1)).squeeze(1))
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def test_a_draft_with_another_tokenizer_is_refused_with_a_token(tmp_path: Path) 
         ({"layers": 0}, "proposer.layers is 0, expected 1 to 2"),
         ({"layers": 3}, "proposer.layers is 3, expected 1 to 2"),
         ({"layers": 1, "temperature": 0.0}, "proposer.temperature is 0.0.*proposer.temperature=1"),
-        ({"layers": 1, "top_k": -1}, "proposer.top_k is -1.*proposer.top_k=64"),
+        ({"layers": 1, "top_k": -1}, "proposer.top_k is -1.*proposer.top_k=256"),
         ({"path": "/nowhere/at/all"}, "/nowhere/at/all"),
     ],
 )

@@ -5,11 +5,12 @@ A key is (request, step, node, purpose) under a seed. Shapes: X any leading shap
 
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-Word = int | Tensor  # 32 bits, held in a Python int or in int64
+Word = int | np.ndarray | Tensor  # 32 bits, held in a Python int or in 64 bits
 
 
 class Purpose(IntEnum):
@@ -55,9 +56,17 @@ def rows(
 
 def row(seed: int, vocab: int, c1: Word, c2: Word, c3: Word, device: torch.device) -> Tensor:
     """float32 [X, V] for counters [X, 1]: word v & 3 of block v >> 2 belongs to token v."""
-    block_V = torch.arange(-(-vocab // 4), device=device)
-    words = torch.stack(philox(seed, block_V, c1, c2, c3), dim=-1)
+    words = blocks(seed, torch.arange(-(-vocab // 4), device=device), c1, c2, c3)
     return open_unit(words.flatten(-2)[..., :vocab])
+
+
+def blocks(seed: int, block_S: Tensor, c1: Word, c2: Word, c3: Word) -> Tensor:
+    """int64 [..., S, 4]: the words of some blocks of a key, or of each of many."""
+    if block_S.device.type != "cpu" or not isinstance(c1, int):
+        return torch.stack(philox(seed, block_S, c1, c2, c3), dim=-1)
+    # Of one key on a CPU: a hundred small operations, which cost numpy a third.
+    words_4S = philox(seed, block_S.numpy().view(np.uint64), c1, c2, c3)
+    return torch.from_numpy(np.stack(words_4S, axis=-1).view(np.int64))
 
 
 def open_unit(bits: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class FromLogits(Grown):
                 f"proposer.temperature is {temperature}, expected more than 0: proposer.temperature=1"
             )
         if top_k < 0:
-            raise ValueError(f"proposer.top_k is {top_k}, expected a count, or 0 for all: proposer.top_k=64")
+            raise ValueError(f"proposer.top_k is {top_k}, expected a count, or 0 for all: proposer.top_k=256")
         self.temperature, self.top_k = temperature, top_k
 
     def log_laws(self, logits: Tensor) -> Tensor:

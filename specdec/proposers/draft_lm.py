@@ -75,7 +75,7 @@ class DraftLM(FromLogits):
         layers: int | None = None,
         heads: str | None = None,
         temperature: float = 1.0,
-        top_k: int = 64,
+        top_k: int = 256,
         dtype: str = "auto",
     ) -> None:
         super().__init__(target, tree, temperature, top_k)

@@ -44,7 +44,7 @@ class Eagle3(FromLogits):
         *,
         heads: str = "smollm2-135m-eagle3",
         temperature: float = 1.0,
-        top_k: int = 64,
+        top_k: int = 256,
     ) -> None:
         super().__init__(target, tree, temperature, top_k)
         head, self.info, self.reading = _opened(heads, target)

@@ -48,7 +48,7 @@ class Medusa(FromLogits):
         *,
         heads: str = "smollm2-135m-hydra",
         temperature: float = 1.0,
-        top_k: int = 64,
+        top_k: int = 256,
     ) -> None:
         super().__init__(target, tree, temperature, top_k)
         self.heads, self.info, self.reading = _opened(heads, target)
