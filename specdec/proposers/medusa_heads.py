@@ -88,9 +88,8 @@ class MedusaHeads(nn.Module):
         if self.root_KDD is not None:
             turned_KXD = turned_KXD + root_XD @ self.root_KDD
         if self.hydra:
-            turned_KXD = turned_KXD + torch.stack(
-                [self._along(path_XJD[:, :J]) for J in range(len(turned_KXD))]
-            )
+            along = [self._along(path_XJD[:, :J]) for J in range(len(turned_KXD))]
+            turned_KXD = turned_KXD + torch.stack(along)
         read_KXD = hidden_XD + F.silu(turned_KXD)
         if self.lm_head_KUD is not None:
             return read_KXD @ self.lm_head_KUD.mT
@@ -110,12 +109,11 @@ class MedusaHeads(nn.Module):
         """Have products packed for a handful of rows, and those of one Hydra head done as one."""
         self.says = packed_product(self.lm_head_UD)
         if self.hydra:
-            squares = zip(
-                self.weight_KDD, self.root_KDD, map(self._path, range(len(self.bias_KD))), strict=True
-            )
-            self.turns = [
-                packed_product(torch.cat([own, root, *path]).T.contiguous()) for own, root, path in squares
-            ]
+            self.turns = [packed_product(self._square(J).T.contiguous()) for J in range(len(self.bias_KD))]
+
+    def _square(self, J: int) -> Tensor:
+        """[(2 + J) D, D] of head J + 1: what it makes of the hidden state, the root and J drafted tokens."""
+        return torch.cat([self.weight_KDD[J], self.root_KDD[J], *self._path(J)])
 
     def _along(self, path_XJD: Tensor) -> Tensor:
         """[X, D]: what J drafted tokens add for head J + 1."""
