@@ -80,12 +80,12 @@ class WithLookup(Proposer):
 
     def propose(self, seqs: list[Sequence]) -> list[TokenTree]:
         copied = [self._copied(seq) for seq in seqs]
-        unsure = [b for b, tree in enumerate(copied) if not self._is_sure(tree)]
-        drafted = self.draft.propose([seqs[b] for b in unsure]) if unsure else []
-        trees = [self._cut(tree) for tree in copied]
-        for b, tree in zip(unsure, drafted, strict=True):
-            trees[b] = tree if self.tree.draws else self._cut(merged(tree, copied[b]))
-        return trees
+        unsure = [seq for seq, tree in zip(seqs, copied, strict=True) if not self._is_sure(tree)]
+        drafted = iter(self.draft.propose(unsure) if unsure else [])
+        return [self._cut(c) if self._is_sure(c) else self._beside(next(drafted), c) for c in copied]
+
+    def _beside(self, drafted: TokenTree, copied: TokenTree) -> TokenTree:
+        return drafted if self.tree.draws else self._cut(merged(drafted, copied))
 
     def _copied(self, seq: Sequence) -> TokenTree:
         """What followed the longest suffix that occurred before, going round where it reaches the end."""
