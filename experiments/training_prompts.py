@@ -2,7 +2,8 @@
 
 Functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
 to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left.
-The other kinds are those of assistants' benchmarks, composed by the rules of prompt_parts.txt.
+The other kinds are those of assistants' benchmarks: composed by the rules of prompt_parts.txt, and the lines of
+prompts/*.txt as they are, whatever the seed.
 """
 
 import ast
@@ -26,6 +27,7 @@ COMPOSED = {
     "retrieval": 110,
 }
 PARTS = Path(__file__).with_name("prompt_parts.txt")
+LINES = Path(__file__).with_name("prompts")
 SLOT = re.compile(r"@(?:(\d+)_(\d+)|([a-z_]+)\d?)")
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese")
 
@@ -121,17 +123,30 @@ class Composer:
         return list(found)
 
 
+def collected(gsm8k: Path, choose: random.Random) -> Iterator[tuple[str, str]]:
+    """Kinds and prompts, of each kind as many as COUNTS says."""
+    for kind, texts in prompts(gsm8k).items():
+        yield from ((kind, text) for text in choose.sample(texts, min(COUNTS[kind], len(texts))))
+
+
+def composed(seed: int) -> Iterator[tuple[str, str]]:
+    """Kinds and composed prompts."""
+    composer = Composer(seed)
+    for kind, count in COMPOSED.items():
+        yield from ((kind, text) for text in composer.prompts(kind, count))
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """Kinds and prompts that are the lines of files."""
+    for file in sorted(LINES.glob("*.txt")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            yield file.stem, line.replace("\\n", "\n")
+
+
 def main(gsm8k: str, out: str, seed: str = "0") -> None:
     """Write a seeded choice of prompts in the schema that data=jsonl reads."""
-    choose = random.Random(int(seed))
-    rows = []
-    for kind, texts in prompts(Path(gsm8k)).items():
-        for text in choose.sample(texts, min(COUNTS[kind], len(texts))):
-            rows.append({"question_id": len(rows), "category": kind, "turns": [text]})
-    composer = Composer(int(seed))
-    for kind, count in COMPOSED.items():
-        for text in composer.prompts(kind, count):
-            rows.append({"question_id": len(rows), "category": kind, "turns": [text]})
+    chosen = [*collected(Path(gsm8k), random.Random(int(seed))), *composed(int(seed)), *lines()]
+    rows = [{"question_id": i, "category": kind, "turns": [text]} for i, (kind, text) in enumerate(chosen)]
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} prompts: {out}")
 
