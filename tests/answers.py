@@ -10,13 +10,12 @@ from specdec.onpolicy import write_answers
 from specdec.target import HFTarget
 from specdec.training.eagle3 import Eagle3Recipe
 from specdec.training.medusa import MedusaRecipe
-from specdec.training.texts import GRANULE
 
 TAPS, STOP, LONGEST = (0, 1, "final"), (3, 9), 24
-SMALL = {"vocab": VOCAB, "epochs": 2, "rows": 5 * GRANULE, "lr": 0.02}
+SMALL = {"vocab": VOCAB, "epochs": 2, "rows": 128, "lr": 0.02}
 MEDUSA, EAGLE = MedusaRecipe(heads=2, **SMALL), Eagle3Recipe(unroll=2, **SMALL)
 RECIPES = pytest.mark.parametrize("recipe", [MEDUSA, EAGLE], ids=lambda recipe: recipe.kind)
-STEPS = 4  # of an epoch: 16 texts in batches of up to five
+STEPS = 4  # of an epoch: 16 texts of up to 31 tokens in batches of 128 rows
 
 
 def collected(target: HFTarget, folder: Path, taps: tuple = TAPS) -> list[Path]:

@@ -1,6 +1,7 @@
 """Dynamic trees against slow ones that know every node, and drafts whose cache must follow a pruned tree."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from specdec.proposers.draft_lm import DraftLM, first_layers
 from specdec.target import TargetOutput
 from specdec.tree import TokenTree, Verdict
 from specdec.trees import BestFirst, DraftLaw, Eagle2, TreePolicy, followed
+from specdec.trees.dynamic import worth
 
 V = 4
 Text = tuple[int, ...]
@@ -188,14 +190,15 @@ def test_a_certain_child_does_not_come_before_its_parent() -> None:
     assert len(tree) == 4
 
 
-def test_nothing_is_drafted_behind_a_token_that_the_draft_doubts() -> None:
-    policy = Eagle2(depth=4, nodes=20, width=4, length="confidence", threshold=0.5)
+def test_nothing_is_drafted_behind_a_path_that_the_draft_doubts() -> None:
+    policy = Eagle2(depth=4, nodes=20, width=4, length="confidence", threshold=0.2)
     doubted = 0
     for seed in range(20):
         tree = grown(policy, Table(seed))
+        worth_N = worth(tree)
         parents = {p for p in tree.parents_N[1:] if p}
-        assert all(tree.logp_N[p] >= torch.tensor(0.5).log() for p in parents)
-        doubted += any(logp < -0.7 for logp in tree.logp_N)
+        assert all(worth_N[p] >= math.log(0.2) for p in parents)
+        doubted += any(worth_N[n] < math.log(0.2) <= tree.logp_N[n] for n in range(1, len(tree)))
     assert doubted
 
 

@@ -15,7 +15,7 @@ from specdec.config import load_config
 from specdec.train import keep_freed_memory, run
 
 COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
-COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=128", "prompts.batch=2", "threads=1"]
+COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=32", "prompts.batch=2", "threads=1"]
 
 
 @pytest.fixture(scope="module")

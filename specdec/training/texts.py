@@ -14,7 +14,7 @@ from torch import Tensor
 from ..shards import Shard, expect_features_of, read_shard
 from ..target import HFTarget, Tap
 
-GRANULE = 64  # few lengths: on a CPU oneDNN compiles for every shape
+GRANULE = 16  # not too many lengths: on a CPU oneDNN compiles for every shape
 
 
 @dataclass

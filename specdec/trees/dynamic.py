@@ -27,6 +27,8 @@ class BestFirst(TreePolicy):
     """The `nodes` nodes, root included, of largest path probability under the draft.
 
     No other tree of that many nodes and `depth` levels has a larger sum of them (OPT-Tree, 2406.17276).
+    length="confidence" holds `threshold` against a node's path, not its token alone: a level that few texts
+    reach costs as much to draft as one that most do.
     """
 
     nodes: int = 16
@@ -77,7 +79,7 @@ class BestFirst(TreePolicy):
 
     def _frontier(self, known: TokenTree, worth_N: list[float], newest: int) -> list[int]:
         """The best nodes of the newest level; nothing below the last of `nodes` could displace it."""
-        hopeful = [n for n in best(worth_N, self.nodes - 1) if n >= newest and self._go_on(known.logp_N[n])]
+        hopeful = [n for n in best(worth_N, self.nodes - 1) if n >= newest and self._go_on(worth_N[n])]
         return sorted(hopeful[: self._widest])
 
 

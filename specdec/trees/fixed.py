@@ -114,10 +114,10 @@ def draw_children(tree: TokenTree, node: int, count: int, law: DraftLaw, stream:
     q_V = law.q()
     tree.draw_children_from(node, q_V)
     left_V, grown = q_V.clone(), []
-    while len(grown) < count and left_V.any():
+    for rank in range(min(count, int(q_V.count_nonzero()))):
         token = stream.draw(left_V, len(tree), Purpose.DRAFT)
         left_V[token] = 0
-        grown.append((len(grown), tree.add(token, node, float(q_V[token].log()))))
+        grown.append((rank, tree.add(token, node, float(q_V[token].log()))))
     return grown
 
 
