@@ -2,8 +2,8 @@
 
 Functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
 to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left.
-The other kinds are those of assistants' benchmarks: composed by the rules of prompt_parts.txt, and the lines of
-prompts/*.txt as they are, whatever the seed.
+The other kinds are those of assistants' benchmarks: composed by the rules of prompt_parts.txt, and the lines
+of prompts/*.txt, which are the same with every seed.
 """
 
 import ast
