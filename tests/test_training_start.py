@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from answers import EAGLE, MEDUSA, SMALL, collected, weights
-from models import tiny
+from models import VOCAB, tiny
+from safetensors.torch import load_file
 
 from specdec.training.draft_lm import DraftLMRecipe
 from specdec.training.heads import HeadRecipe
 from specdec.training.loop import train
-from specdec.training.texts import Texts
+from specdec.training.texts import Texts, split
 
 RECIPES = [MEDUSA, replace(MEDUSA, hydra=True), EAGLE, DraftLMRecipe(layers=1, **SMALL)]
 
@@ -29,12 +30,38 @@ def first_loss(shards: list[Path], recipe: HeadRecipe, out: Path) -> float:
 def test_it_goes_on_where_the_head_is(recipe: HeadRecipe, shards: list[Path], tmp_path: Path) -> None:
     curve = train(tiny(), shards, recipe, file := tmp_path / "heads.safetensors")
     further = replace(recipe, start=str(file))
-    texts = Texts.load(shards, recipe.taps(tiny()))
+    texts = Texts.load(split(shards, 1)[0], recipe.taps(tiny()))
     head = further.fresh(tiny(), texts)
     further.save(head, tiny(), texts, copy := tmp_path / "copy.safetensors")
     assert weights(copy) == weights(file), "nothing is lost on the way from file to file"
     assert {p.dtype for p in head.parameters() if p.requires_grad} == {torch.float32}
     assert first_loss(shards, further, tmp_path / "more") < min(curve[0]["loss"], curve[1]["loss"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.kind)
+def test_its_vocabulary_follows_what_the_target_says(
+    recipe: HeadRecipe, shards: list[Path], tmp_path: Path
+) -> None:
+    train(tiny(), shards, replace(recipe, vocab=6), file := tmp_path / "heads.safetensors")
+    before = sorted(load_file(file)["tokens_U"].tolist())
+    new = [token for token in range(VOCAB) if token not in before][:4]
+    texts = Texts.load(shards, ())
+    texts.tokens = [
+        torch.cat([t[:p], torch.tensor(new)]) for t, p in zip(texts.tokens, texts.prompts, strict=True)
+    ]
+    head = replace(recipe, vocab=6, start=str(file)).fresh(tiny(), texts)
+    assert head.tokens_U.tolist() == sorted(new + before[:2])
+    learned = {n: t for n, t in head.state_dict().items() if n in load_file(file) and n != "tokens_U"}
+    assert all(torch.equal(t.bfloat16(), load_file(file)[n]) for n, t in learned.items())
+
+
+def test_a_head_with_an_lm_head_of_its_own_keeps_its_vocabulary(shards: list[Path], tmp_path: Path) -> None:
+    own = replace(EAGLE, vocab=6, shared_head=False)
+    train(tiny(), shards, own, file := tmp_path / "heads.safetensors")
+    texts = Texts.load(shards, ())
+    texts.tokens = [torch.zeros_like(text) for text in texts.tokens]
+    head = replace(own, start=str(file)).fresh(tiny(), texts)
+    assert head.tokens_U.tolist() == load_file(file)["tokens_U"].tolist() != [0, 1, 2, 3, 4, 5]
 
 
 def test_another_head_than_the_recipe_says_is_refused(shards: list[Path], tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ class DraftLMRecipe(HeadRecipe):
     def new(self, target: HFTarget, tokens_U: Tensor) -> DraftHead:
         return _trainable(DraftHead(target, self._source(target)).drafting(target, tokens_U))
 
-    def begun(self, target: HFTarget, path: Path) -> DraftHead:
+    def begun(self, target: HFTarget, path: Path, texts: Texts) -> DraftHead:
         head, info = load(path, target)
         expect_shape(path, {"source": info.source}, {"source": self._source(target)})
-        return _trainable(head)
+        return _trainable(head.drafting(target, self.drafted(target, texts, head.tokens_U)))
 
     def _source(self, target: HFTarget) -> tuple[int, ...]:
         if self.source is not None:

@@ -7,7 +7,7 @@ Shapes: S texts, T rows, I earlier unrolls, H heads, D width, U draft vocabulary
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,12 +60,13 @@ class Eagle3Recipe(HeadRecipe):
         _like_the_target(head, target)
         return _borrowing(head, target)
 
-    def begun(self, target: HFTarget, path: Path) -> Eagle3Head:
+    def begun(self, target: HFTarget, path: Path, texts: Texts) -> Eagle3Head:
         there, _ = load(path, target)
         expect_shape(path, {name: getattr(there.config, name) for name in VARIANT}, self._variant)
         expect_shape(path, {"layers": there.config.taps}, {"layers": self._layers(target)})
-        head = Eagle3Head(there.config)
-        head.load_state_dict(there.stored(), strict=False)
+        tokens_U = self.drafted(target, texts, there.tokens_U) if self.shared_head else there.tokens_U
+        head = Eagle3Head(replace(there.config, draft_vocab=len(tokens_U)))
+        head.load_state_dict(there.stored() | {"tokens_U": tokens_U}, strict=False)
         return _borrowing(head, target)
 
     def _config(self, target: HFTarget, draft_vocab: int) -> Eagle3Config:

@@ -49,8 +49,9 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class HeadRecipe(Recipe):
     """How a head is trained, besides what all recipes say.
 
-    start      a head to go on from, a file or a name in the zoo; its draft vocabulary stays
-    vocab      draft vocabulary: the tokens that the target says most
+    start      a head to go on from, a file or a name in the zoo
+    vocab      draft vocabulary: the tokens that the target says most; then, as far as there is room, those of
+               the head to go on from. A head that has an LM head of its own keeps the vocabulary of that
     decay      a depth's share of the loss, against the depth before
     objective  kl: forward divergence; tv: total variation; lk: the one, then the other
     """
@@ -73,15 +74,19 @@ class HeadRecipe(Recipe):
 
     def fresh(self, target: HFTarget, texts: Texts) -> nn.Module:
         if self.start is not None:
-            return self.begun(target, zoo_file(self.start, "head.start"))
-        return self.new(target, texts.most_said(target.vocab, self.vocab))
+            return self.begun(target, zoo_file(self.start, "head.start"), texts)
+        return self.new(target, self.drafted(target, texts))
+
+    def drafted(self, target: HFTarget, texts: Texts, before: Tensor | None = None) -> Tensor:
+        """The draft vocabulary; before: that of the head to go on from."""
+        return texts.most_said(target.vocab, self.vocab, before)
 
     @abstractmethod
     def new(self, target: HFTarget, tokens_U: Tensor) -> nn.Module:
         """An untrained head that drafts these tokens."""
 
     @abstractmethod
-    def begun(self, target: HFTarget, path: Path) -> nn.Module:
+    def begun(self, target: HFTarget, path: Path, texts: Texts) -> nn.Module:
         """The head of a file, to be trained further. ValueError: of another shape than the recipe says."""
 
     @abstractmethod

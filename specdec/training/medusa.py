@@ -54,12 +54,12 @@ class MedusaRecipe(HeadRecipe):
         heads = MedusaHeads(self.heads, lm_head_UD, tokens_U, root=self.root, hydra=self.hydra)
         return heads.to(target.device)
 
-    def begun(self, target: HFTarget, path: Path) -> MedusaHeads:
+    def begun(self, target: HFTarget, path: Path, texts: Texts) -> MedusaHeads:
         there, info = MedusaHeads.load(path, target)
         shape = {"heads": info.heads, "root": there.root_KDD is not None, "hydra": there.hydra}
         expect_shape(path, shape, {name: getattr(self, name) for name in shape})
-        head = self.new(target, there.tokens_U)
-        head.load_state_dict(there.state_dict())
+        head = self.new(target, self.drafted(target, texts, there.tokens_U))
+        head.load_state_dict(there.state_dict() | {"tokens_U": head.tokens_U})
         return head
 
     def judged(

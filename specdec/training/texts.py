@@ -81,10 +81,15 @@ class Texts:
             digest.update(text.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def most_said(self, vocab: int, most: int) -> Tensor:
-        """int64, ascending: the `most` tokens that the target says most often, or all that it says."""
+    def most_said(self, vocab: int, most: int, before: Tensor | None = None) -> Tensor:
+        """int64, ascending: the `most` tokens that the target says most often, or all that it says.
+
+        before  other tokens, which come behind those it says, and before others that it says as often
+        """
         said = [text[prompt:] for text, prompt in zip(self.tokens, self.prompts, strict=True)]
-        counts_V = torch.bincount(torch.cat(said), minlength=vocab)
+        counts_V = 2 * torch.bincount(torch.cat(said), minlength=vocab)
+        if before is not None:
+            counts_V[before.long().cpu()] += 1
         known = min(most, int((counts_V > 0).sum()))
         return counts_V.argsort(descending=True, stable=True)[:known].sort().values
 
