@@ -12,7 +12,7 @@ from answers import weights
 
 from specdec import train
 from specdec.config import load_config
-from specdec.train import keep_freed_memory, run
+from specdec.train import keep_compiled_products, keep_freed_memory, run
 
 COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
 COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=32", "prompts.batch=2", "threads=1"]
@@ -78,6 +78,16 @@ def test_two_processes_do_what_one_does_with_two_batches_a_step(asked: str, tmp_
     assert two["curve"] == one["curve"]
     assert len(one["curve"]) > 4
     assert weights(tmp_path / "one" / "heads.safetensors") == weights(tmp_path / "two" / "heads.safetensors")
+
+
+@pytest.mark.parametrize("said", [None, "12"])
+def test_onednn_keeps_more_unless_told_how_much(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, said or "")
+    if said is None:
+        monkeypatch.delenv(name)
+    keep_compiled_products()
+    assert os.environ[name] == (said or "8192")
 
 
 def test_only_glibc_is_asked_to_keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
