@@ -254,13 +254,44 @@ def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.Cap
 
 def test_prompts_of_both_kinds_are_answered(tmp_path: Path) -> None:
     recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
-    given = [Conversation("0", "any", ("one", "never asked")), Conversation("1", "any", ("one",))]
+    given = [Conversation("0", "any", ("one",)), Conversation("1", "any", ("one",))]
     files = collect(tiny(), Chatty(), given, recipe, tmp_path, (), TAPS)
     own = write_prompts(tiny(), Chatty(), tmp_path, 6, beginnings=["x"], batch=4, longest=40)
     assert sum(len(read_shard(file).lengths_S) for file in files) == 1 + len(own)
     assert read_shard(files[0]).taps == TAPS
     bare = replace(recipe, written=0, store_features=False)
     assert not read_shard(collect(tiny(), Chatty(), given, bare, tmp_path / "bare", (), TAPS)[0]).taps
+
+
+def test_every_turn_is_answered_behind_the_answers_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = PromptRecipe(written=0, answer_tokens=5, batch=4)
+    given = [Conversation("0", "any", ("one", "two", "three")), Conversation("1", "any", ("four",))]
+    shards = [read_shard(file) for file in collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())]
+    texts = [
+        (t[:p].tolist(), t[p:].tolist()) for s in shards for t, p in zip(s.texts(), s.prompts_S, strict=True)
+    ]
+    answers, messages = {tuple(prompt): answer for prompt, answer in texts}, []
+    for turn in given[0].turns:
+        messages.append({"role": "user", "content": turn})
+        answer = answers.pop(tuple(Chatty().apply_chat_template(messages)))
+        assert len(answer) == 5
+        messages.append({"role": "assistant", "content": Chatty().decode(answer)})
+    assert len(answers) == 1
+    capsys.readouterr()
+    collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())
+    assert capsys.readouterr().out.count("0 too long, 1 answered already") == 2, "nothing is answered again"
+
+
+def test_a_turn_behind_one_too_long_to_answer_is_left_out(tmp_path: Path) -> None:
+    recipe = PromptRecipe(written=0, answer_tokens=5, batch=4)
+    given = [
+        Conversation("0", "any", ("long" * tiny().max_length, "two")),
+        Conversation("1", "any", ("one",)),
+    ]
+    shards = [read_shard(file) for file in collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())]
+    assert sum(len(s.lengths_S) for s in shards) == 1
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class Eagle3(FromLogits):
 
     @torch.inference_mode()
     def _fused(self, taps: dict[Tap, Tensor]) -> Tensor:
-        return self.head.fuse(taps[tap] for tap in self.head.config.taps)
+        with replaced(self._packed):
+            return self.head.fuse(taps[tap] for tap in self.head.config.taps)
 
     @torch.inference_mode()
     def _extend(self, seqs: list[Sequence]) -> None:

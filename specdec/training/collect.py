@@ -1,14 +1,18 @@
 """What a target is asked, and its answers: the data that heads are trained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Conversation, render
+from ..data import Conversation
 from ..onpolicy import write_answers, write_prompts
 from ..sampling import Sampling
+from ..shards import read_shard
 from ..target import HFTarget, Tap
+from ..text import turn_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def collect(
 ) -> list[Path]:
     """Prompts, then the target's answers to them, as shards in `folder`; what is there already is kept.
 
-    conversations  of each the first turn
+    conversations  every turn is answered, behind the answers to those before
     taps           to keep beside the tokens, where the recipe stores features
     """
     own = write_prompts(
@@ -64,15 +68,15 @@ def collect(
         longest=recipe.message_tokens,
         seed=recipe.seed,
     )
-    messages = [c.turns[0] for c in conversations] + own
-    if not messages:
+    asked = conversations + [Conversation(f"own/{i}", "own", (text,)) for i, text in enumerate(own)]
+    if not asked:
         raise ValueError(
             "nothing to train on: give prompts with data=, or let the target write some: prompts.written=1216"
         )
-    return write_answers(
+    write = partial(
+        write_answers,
         target,
-        [render(tokenizer, [{"role": "user", "content": text}], None) for text in messages],
-        folder,
+        folder=folder,
         stop_ids=stop_ids,
         longest=recipe.answer_tokens,
         batch=recipe.batch,
@@ -80,3 +84,25 @@ def collect(
         sampling=Sampling(temperature=recipe.temperature),
         seed=recipe.seed,
     )
+    return _turn_by_turn(tokenizer, asked, write)
+
+
+def _turn_by_turn(
+    tokenizer: PreTrainedTokenizerBase, asked: list[Conversation], write: Callable[..., list[Path]]
+) -> list[Path]:
+    """Have first turns answered, then second ones, and so on: a prompt holds the answers before it."""
+    files, said = [], {}
+    for turn in range(max(len(c.turns) for c in asked)):
+        behind = [c for c in asked if turn < len(c.turns) and (not turn or f"{c.id}/{turn - 1}" in said)]
+        requests = [turn_of(tokenizer, c, turn, said) for c in behind]
+        files = write([r.ids for r in requests])
+        answers = _answers(files)
+        said |= {r.id: answers[tuple(r.ids)] for r in requests if tuple(r.ids) in answers}
+    return files
+
+
+def _answers(files: list[Path]) -> dict[tuple[int, ...], list[int]]:
+    """What was said behind each prompt; no answer to a prompt that was too long."""
+    shards = [read_shard(file) for file in files]
+    pairs = [pair for s in shards for pair in zip(s.texts(), s.prompts_S.tolist(), strict=True)]
+    return {tuple(text[:prompt].tolist()): text[prompt:].tolist() for text, prompt in pairs}
