@@ -64,7 +64,8 @@ class TreePolicy(ABC):
 
     depth      levels below the root
     length     "fixed"; "heuristic": two more after a fully accepted draft, one less after another;
-               "confidence": nothing is drafted behind a token that the draft gives less than `threshold`
+               "confidence": nothing is drafted behind a token, in best-first trees behind a path, that the
+               draft gives less than `threshold`
     draws      children are drawn from the draft's law (and its law recorded), not its most likely tokens
     """
 

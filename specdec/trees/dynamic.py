@@ -27,8 +27,7 @@ class BestFirst(TreePolicy):
     """The `nodes` nodes, root included, of largest path probability under the draft.
 
     No other tree of that many nodes and `depth` levels has a larger sum of them (OPT-Tree, 2406.17276).
-    length="confidence" holds `threshold` against a node's path, not its token alone: a level that few texts
-    reach costs as much to draft as one that most do.
+    length="confidence" looks at paths here: a level that few texts reach costs as much as one that most do.
     """
 
     nodes: int = 16
