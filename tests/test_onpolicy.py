@@ -18,12 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec import onpolicy
-from specdec.data import Conversation
-from specdec.onpolicy import chat_opening, write_answers, write_prompts
+from specdec.onpolicy import write_answers
 from specdec.sampling import Sampling
 from specdec.shards import Shard, expect_answers_of, read_shard, shard_files
-from specdec.text import Bytes
-from specdec.training.collect import PromptRecipe, collect
 
 TAPS = (0, 1, "final")
 ASKED = [[(7 * i + j) % 32 for j in range(2 + i % 5)] for i in range(10)]
@@ -47,19 +44,6 @@ def shard_metadata(file: Path) -> dict[str, str]:
 
 def tensor_bytes(file: Path) -> dict[str, bytes]:
     return {name: t.view(torch.uint8).numpy().tobytes() for name, t in load_file(file).items()}
-
-
-class Chatty(Bytes):
-    """Bytes within the tiny target's vocabulary, with a chat template."""
-
-    chat_template, eos_token_id = "yes", 3
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [token % tiny().vocab for token in super().encode(text)]
-
-    def apply_chat_template(self, messages: list[dict], tokenize: bool = True, **_: object) -> object:
-        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return self.encode(text + "<assistant>") if tokenize else text
 
 
 @torch.no_grad()
@@ -234,72 +218,3 @@ def test_the_answers_of_another_target_are_refused(tmp_path: Path) -> None:
     foreign = replace(nameless, tokens_X=shard.tokens_X + 7)
     with pytest.raises(ValueError, match=r"token \d+, expected 0 to 31; choose .*shards=FOLDER"):
         expect_answers_of(tiny(), foreign, file)
-
-
-def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    options = {"beginnings": ["", "ab"], "batch": 4, "longest": 40}
-    texts = write_prompts(tiny(), Chatty(), tmp_path, 10, **options)
-    assert 0 < len(texts) == len(set(texts))
-    assert any(text.startswith("ab") for text in texts)
-    assert "prompts by the target: 10 begun" in capsys.readouterr().out
-    files = sorted(tmp_path.glob("prompts-*.json"))
-    times = [file.stat().st_mtime_ns for file in files]
-    files[1].unlink()
-    assert write_prompts(tiny(), Chatty(), tmp_path, 10, **options) == texts
-    assert [files[i].stat().st_mtime_ns for i in (0, 2)] == [times[i] for i in (0, 2)]
-    files[2].write_text("[")
-    with pytest.raises(ValueError, match=rf"{files[2].name} is no list of prompts.*delete it"):
-        write_prompts(tiny(), Chatty(), tmp_path, 10, **options)
-
-
-def test_prompts_of_both_kinds_are_answered(tmp_path: Path) -> None:
-    recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
-    given = [Conversation("0", "any", ("one",)), Conversation("1", "any", ("one",))]
-    files = collect(tiny(), Chatty(), given, recipe, tmp_path, (), TAPS)
-    own = write_prompts(tiny(), Chatty(), tmp_path, 6, beginnings=["x"], batch=4, longest=40)
-    assert sum(len(read_shard(file).lengths_S) for file in files) == 1 + len(own)
-    assert read_shard(files[0]).taps == TAPS
-    bare = replace(recipe, written=0, store_features=False)
-    assert not read_shard(collect(tiny(), Chatty(), given, bare, tmp_path / "bare", (), TAPS)[0]).taps
-
-
-def test_every_turn_is_answered_behind_the_answers_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    recipe = PromptRecipe(written=0, answer_tokens=5, batch=4)
-    given = [Conversation("0", "any", ("one", "two", "three")), Conversation("1", "any", ("four",))]
-    shards = [read_shard(file) for file in collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())]
-    texts = [
-        (t[:p].tolist(), t[p:].tolist()) for s in shards for t, p in zip(s.texts(), s.prompts_S, strict=True)
-    ]
-    answers, messages = {tuple(prompt): answer for prompt, answer in texts}, []
-    for turn in given[0].turns:
-        messages.append({"role": "user", "content": turn})
-        answer = answers.pop(tuple(Chatty().apply_chat_template(messages)))
-        assert len(answer) == 5
-        messages.append({"role": "assistant", "content": Chatty().decode(answer)})
-    assert len(answers) == 1
-    capsys.readouterr()
-    collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())
-    assert capsys.readouterr().out.count("0 too long, 1 answered already") == 2, "nothing is answered again"
-
-
-def test_a_turn_behind_one_too_long_to_answer_is_left_out(tmp_path: Path) -> None:
-    recipe = PromptRecipe(written=0, answer_tokens=5, batch=4)
-    given = [
-        Conversation("0", "any", ("long" * tiny().max_length, "two")),
-        Conversation("1", "any", ("one",)),
-    ]
-    shards = [read_shard(file) for file in collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())]
-    assert sum(len(s.lengths_S) for s in shards) == 1
-
-
-def test_wrong_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"prompts.batch is 0, expected 1 or more: prompts.batch="):
-        PromptRecipe(batch=0)
-    with pytest.raises(ValueError, match=r"prompts.beginnings is empty"):
-        PromptRecipe(beginnings=())
-    with pytest.raises(ValueError, match=r"nothing to train on.*prompts.written=1216"):
-        collect(tiny(), Chatty(), [], PromptRecipe(written=0), tmp_path, (), TAPS)
-    with pytest.raises(ValueError, match=r"no chat template.*written=0"):
-        chat_opening(Bytes(), "")
