@@ -1,9 +1,9 @@
-"""python experiments/training_prompts.py gsm8k_train.jsonl prompts.jsonl [seed]: prompts to train heads on.
+"""python experiments/training_prompts.py SOURCE prompts.jsonl [seed]: prompts to train heads on.
 
-Functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
+SOURCE is experiments/prompts, where they were written one by one, or gsm8k_train.jsonl, which gives others:
+functions of Python's standard library to complete, to write and to explain, its texts to summarise, sentences
 to translate, and sums. None is of a benchmark's test; the last 500 rows of GSM8K's training split are left.
-The other kinds are those of assistants' benchmarks: composed by the rules of prompt_parts.txt, and the lines
-of prompts/*.txt, which are the same with every seed.
+The other kinds are those of assistants' benchmarks, composed by the rules of prompt_parts.txt.
 """
 
 import ast
@@ -27,7 +27,6 @@ COMPOSED = {
     "retrieval": 110,
 }
 PARTS = Path(__file__).with_name("prompt_parts.txt")
-LINES = Path(__file__).with_name("prompts")
 SLOT = re.compile(r"@(?:(\d+)_(\d+)|([a-z_]+)\d?)")
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese")
 
@@ -136,16 +135,19 @@ def composed(seed: int) -> Iterator[tuple[str, str]]:
         yield from ((kind, text) for text in composer.prompts(kind, count))
 
 
-def lines() -> Iterator[tuple[str, str]]:
+def lines(folder: Path) -> Iterator[tuple[str, str]]:
     """Kinds and prompts that are the lines of files."""
-    for file in sorted(LINES.glob("*.txt")):
+    for file in sorted(folder.glob("*.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
             yield file.stem, line.replace("\\n", "\n")
 
 
-def main(gsm8k: str, out: str, seed: str = "0") -> None:
-    """Write a seeded choice of prompts in the schema that data=jsonl reads."""
-    chosen = [*collected(Path(gsm8k), random.Random(int(seed))), *composed(int(seed)), *lines()]
+def main(source: str, out: str, seed: str = "0") -> None:
+    """Write a seeded choice of prompts, or all of a folder, in the schema that data=jsonl reads."""
+    if Path(source).is_dir():
+        chosen = lines(Path(source))
+    else:
+        chosen = (*collected(Path(source), random.Random(int(seed))), *composed(int(seed)))
     rows = [{"question_id": i, "category": kind, "turns": [text]} for i, (kind, text) in enumerate(chosen)]
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} prompts: {out}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,8 @@ def collect(
 ) -> list[Path]:
     """Prompts, then the target's answers to them, as shards in `folder`; what is there already is kept.
 
-    conversations  every turn is answered, behind the answers to those before
+    conversations  every turn is answered, behind the answers to those before: such a text is stored turn
+                   after turn, each time longer
     taps           to keep beside the tokens, where the recipe stores features
     """
     own = write_prompts(
@@ -68,7 +70,7 @@ def collect(
         longest=recipe.message_tokens,
         seed=recipe.seed,
     )
-    asked = conversations + [Conversation(f"own/{i}", "own", (text,)) for i, text in enumerate(own)]
+    asked = conversations + [Conversation(f"\x1f{i}", "own", (text,)) for i, text in enumerate(own)]
     if not asked:
         raise ValueError(
             "nothing to train on: give prompts with data=, or let the target write some: prompts.written=1216"
@@ -92,12 +94,15 @@ def _turn_by_turn(
 ) -> list[Path]:
     """Have first turns answered, then second ones, and so on: a prompt holds the answers before it."""
     files, said = [], {}
-    for turn in range(max(len(c.turns) for c in asked)):
-        behind = [c for c in asked if turn < len(c.turns) and (not turn or f"{c.id}/{turn - 1}" in said)]
-        requests = [turn_of(tokenizer, c, turn, said) for c in behind]
+    for turn in count():
+        requests = [turn_of(tokenizer, c, turn, said) for c in asked]
         files = write([r.ids for r in requests])
-        answers = _answers(files)
+        asked = [c for c in asked if turn + 1 < len(c.turns)]
+        answers = _answers(files) if asked else {}
         said |= {r.id: answers[tuple(r.ids)] for r in requests if tuple(r.ids) in answers}
+        asked = [c for c in asked if f"{c.id}/{turn}" in said]
+        if not asked:
+            break
     return files
 
 

@@ -48,7 +48,8 @@ class DraftLMRecipe(HeadRecipe):
     def begun(self, target: HFTarget, path: Path, texts: Texts) -> DraftHead:
         head, info = load(path, target)
         expect_shape(path, {"source": info.source}, {"source": self._source(target)})
-        return _trainable(head.drafting(target, self.drafted(target, texts, head.tokens_U)))
+        tokens_U = texts.most_said(target.vocab, self.vocab, head.tokens_U)
+        return _trainable(head.drafting(target, tokens_U))
 
     def _source(self, target: HFTarget) -> tuple[int, ...]:
         if self.source is not None:

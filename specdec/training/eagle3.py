@@ -64,7 +64,9 @@ class Eagle3Recipe(HeadRecipe):
         there, _ = load(path, target)
         expect_shape(path, {name: getattr(there.config, name) for name in VARIANT}, self._variant)
         expect_shape(path, {"layers": there.config.taps}, {"layers": self._layers(target)})
-        tokens_U = self.drafted(target, texts, there.tokens_U) if self.shared_head else there.tokens_U
+        tokens_U = there.tokens_U
+        if self.shared_head:
+            tokens_U = texts.most_said(target.vocab, self.vocab, tokens_U)
         head = Eagle3Head(replace(there.config, draft_vocab=len(tokens_U)))
         head.load_state_dict(there.stored() | {"tokens_U": tokens_U}, strict=False)
         return _borrowing(head, target)

@@ -50,8 +50,9 @@ class HeadRecipe(Recipe):
     """How a head is trained, besides what all recipes say.
 
     start      a head to go on from, a file or a name in the zoo
-    vocab      draft vocabulary: the tokens that the target says most; then, as far as there is room, those of
-               the head to go on from. A head that has an LM head of its own keeps the vocabulary of that
+    vocab      size of the draft vocabulary: the tokens that the target says most, and as far as there is room
+               those of the head to go on from, however many that has. Only where the LM head is not the
+               target's does a head keep the vocabulary that it has
     decay      a depth's share of the loss, against the depth before
     objective  kl: forward divergence; tv: total variation; lk: the one, then the other
     """
@@ -75,11 +76,7 @@ class HeadRecipe(Recipe):
     def fresh(self, target: HFTarget, texts: Texts) -> nn.Module:
         if self.start is not None:
             return self.begun(target, zoo_file(self.start, "head.start"), texts)
-        return self.new(target, self.drafted(target, texts))
-
-    def drafted(self, target: HFTarget, texts: Texts, before: Tensor | None = None) -> Tensor:
-        """The draft vocabulary; before: that of the head to go on from."""
-        return texts.most_said(target.vocab, self.vocab, before)
+        return self.new(target, texts.most_said(target.vocab, self.vocab))
 
     @abstractmethod
     def new(self, target: HFTarget, tokens_U: Tensor) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data import digest
 from ..files import atomically
 from ..shards import expect_answers_of, read_shard
 from ..target import HFTarget
@@ -130,7 +131,8 @@ class _Run:
         """What must be the same for a training to go on, under the names of its overrides."""
         known = {f"head.{name}": value for name, value in asdict(self.recipe).items()}
         data = {"texts": self.texts.digest, "target": self.target.fingerprint}
-        return known | {"seed": self.seed, "processes": self.world} | data
+        found = {"steps": self.total, "draft vocabulary": digest(self.head.tokens_U.tolist())}
+        return known | {"seed": self.seed, "processes": self.world} | data | found
 
     @property
     def measured(self) -> list[float]:

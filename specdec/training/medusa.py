@@ -58,7 +58,7 @@ class MedusaRecipe(HeadRecipe):
         there, info = MedusaHeads.load(path, target)
         shape = {"heads": info.heads, "root": there.root_KDD is not None, "hydra": there.hydra}
         expect_shape(path, shape, {name: getattr(self, name) for name in shape})
-        head = self.new(target, self.drafted(target, texts, there.tokens_U))
+        head = self.new(target, texts.most_said(target.vocab, self.vocab, there.tokens_U))
         head.load_state_dict(there.state_dict() | {"tokens_U": head.tokens_U})
         return head
 

@@ -84,7 +84,8 @@ class TreePolicy(ABC):
             raise ValueError(f"tree.depth is {self.depth}, expected 0 or more: tree.depth=5")
         if not 0 <= self.threshold <= 1:
             raise ValueError(
-                f"tree.threshold is {self.threshold}, expected a probability: tree.threshold=0.4"
+                f"tree.threshold is {self.threshold}, expected a probability: "
+                f"tree.threshold={type(self).threshold}"
             )
 
     @property

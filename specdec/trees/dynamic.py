@@ -26,10 +26,11 @@ WIDEST, MOST_DRAFTED = 16, 1040  # that top_tokens and tree_build are compiled f
 class BestFirst(TreePolicy):
     """The `nodes` nodes, root included, of largest path probability under the draft.
 
-    No other tree of that many nodes and `depth` levels has a larger sum of them (OPT-Tree, 2406.17276).
-    length="confidence" looks at paths here: a level that few texts reach costs as much as one that most do.
+    Of a fixed length no other tree of that many nodes and `depth` levels has a larger sum of them (OPT-Tree,
+    2406.17276). By confidence it looks at paths: a level that few texts reach costs as much as any other.
     """
 
+    threshold: float = 0.1
     nodes: int = 16
 
     def __post_init__(self) -> None:
