@@ -93,7 +93,7 @@ def _turn_by_turn(
     tokenizer: PreTrainedTokenizerBase, asked: list[Conversation], write: Callable[..., list[Path]]
 ) -> list[Path]:
     """Have first turns answered, then second ones, and so on: a prompt holds the answers before it."""
-    files, said = [], {}
+    said: dict[str, list[int]] = {}
     for turn in count():
         requests = [turn_of(tokenizer, c, turn, said) for c in asked]
         files = write([r.ids for r in requests])
@@ -102,8 +102,7 @@ def _turn_by_turn(
         said |= {r.id: answers[tuple(r.ids)] for r in requests if tuple(r.ids) in answers}
         asked = [c for c in asked if f"{c.id}/{turn}" in said]
         if not asked:
-            break
-    return files
+            return files
 
 
 def _answers(files: list[Path]) -> dict[tuple[int, ...], list[int]]:

@@ -1,6 +1,7 @@
 """Tree attention in Triton: chooses tiles and splits, and launches the kernels.
 
-Shapes: B batch, H query heads, G key-value heads, P of H a G, T tree rows, L cache rows, D width.
+Shapes: B batch, H query heads, G key-value heads, P of H a G, T rows that ask of C tree rows, L cache rows,
+D width.
 """
 
 from typing import Any
@@ -41,8 +42,8 @@ def tree_attention(
     if k_BGLD.dtype == torch.float8_e4m3fn:
         k_BGLD, v_BGLD = k_BGLD.view(torch.int8), v_BGLD.view(torch.int8)
     (B, H, T, D), (G, L), device = q_BHTD.shape, k_BGLD.shape[1:3], q_BHTD.device
-    prefix_B, depth_BC, words_BTW = tree.prefix_B, tree.depth_BC, tree.words_BTW
-    length = L if window is None else min(L, window + depth_BC.shape[1])
+    C = tree.depth_BC.shape[1]
+    length = L if window is None else min(L, window + C)
     chosen, splits = plan(q_BHTD, k_BGLD, length, merge)
     tiles = triton.cdiv(T * (H // G), chosen.rows)
     # Token before head, as models want it next, so that their transpose needs no copy.
@@ -51,33 +52,13 @@ def tree_attention(
     parts, logs = _partials(B * T * H, splits, D, device)
     arrived = counts(B * G * tiles, device) if splits > 1 and merge == "last" else None
     unfinished = splits > 1 and arrived is None
-    tensors = (
-        q_BHTD,
-        k_BGLD,
-        v_BGLD,
-        prefix_B,
-        depth_BC,
-        words_BTW,
-        k_scale_G,
-        v_scale_G,
-        sinks_H,
-        parts,
-        logs,
-        *((None, None) if unfinished else (out_BTHD, lse_BTH)),
-        arrived,
-    )
-    strides = (*q_BHTD.stride()[:3], *k_BGLD.stride()[:3], prefix_B.stride(0), depth_BC.stride(0))
+    results = (None, None) if unfinished else (out_BTHD, lse_BTH)
     split_kernel[(tiles, splits, B * G)](
-        *tensors,
-        *strides,
-        *words_BTW.stride()[:2],
-        G,
-        T,
-        depth_BC.shape[1],
-        splits,
-        window,
-        (scale if softcap is None else softcap) * LOG2E,
-        None if softcap is None else scale / softcap,
+        *(q_BHTD, k_BGLD, v_BGLD, tree.prefix_B, tree.depth_BC, tree.words_BTW),
+        *(k_scale_G, v_scale_G, sinks_H, parts, logs, *results, arrived),
+        *_strides(q_BHTD, k_BGLD, tree),
+        *(G, T, C, splits, window),
+        *_factors(scale, softcap),
         **_constants(chosen, H // G, D),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -99,6 +80,18 @@ def _refuse(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> None:
             f"k_BGLD is {k_BGLD.dtype} with strides {k_BGLD.stride()}, v_BGLD is {v_BGLD.dtype} with strides "
             f"{v_BGLD.stride()}; expected the same: keep both in one cache"
         )
+
+
+def _strides(q_BHTD: Tensor, k_BGLD: Tensor, tree: TreeMask) -> tuple[int, ...]:
+    nodes = (tree.prefix_B.stride(0), tree.depth_BC.stride(0), *tree.words_BTW.stride()[:2])
+    return (*q_BHTD.stride()[:3], *k_BGLD.stride()[:3], *nodes)
+
+
+def _factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Of the scores, for exponentials of two, and inside the softcap."""
+    if softcap is None:
+        return scale * LOG2E, None
+    return softcap * LOG2E, scale / softcap
 
 
 def _partials(
