@@ -26,6 +26,7 @@ COMPOSED = {
     "summarisation": 110,
     "retrieval": 110,
 }
+NEXT_TURN = " ||| "  # between the turns of a conversation
 PARTS = Path(__file__).with_name("prompt_parts.txt")
 SLOT = re.compile(r"@(?:(\d+)_(\d+)|([a-z_]+)\d?)")
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Portuguese")
@@ -135,11 +136,11 @@ def composed(seed: int) -> Iterator[tuple[str, str]]:
         yield from ((kind, text) for text in composer.prompts(kind, count))
 
 
-def lines(folder: Path) -> Iterator[tuple[str, str]]:
-    """Kinds and prompts that are the lines of files."""
+def lines(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Kinds and turns of the conversations that are the lines of files."""
     for file in sorted(folder.glob("*.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
-            yield file.stem, line.replace("\\n", "\n")
+            yield file.stem, line.replace("\\n", "\n").split(NEXT_TURN)
 
 
 def main(source: str, out: str, seed: str = "0") -> None:
@@ -147,8 +148,9 @@ def main(source: str, out: str, seed: str = "0") -> None:
     if Path(source).is_dir():
         chosen = lines(Path(source))
     else:
-        chosen = (*collected(Path(source), random.Random(int(seed))), *composed(int(seed)))
-    rows = [{"question_id": i, "category": kind, "turns": [text]} for i, (kind, text) in enumerate(chosen)]
+        texts = (*collected(Path(source), random.Random(int(seed))), *composed(int(seed)))
+        chosen = ((kind, [text]) for kind, text in texts)
+    rows = [{"question_id": i, "category": kind, "turns": turns} for i, (kind, turns) in enumerate(chosen)]
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} prompts: {out}")
 

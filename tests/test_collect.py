@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny
 
 from specdec.data import Conversation
@@ -11,6 +12,7 @@ from specdec.onpolicy import chat_opening, write_prompts
 from specdec.shards import read_shard
 from specdec.text import Bytes
 from specdec.training.collect import PromptRecipe, collect
+from specdec.training.texts import Texts
 
 TAPS = (0, 1, "final")
 
@@ -74,6 +76,27 @@ def test_every_turn_is_answered_behind_the_answers_before(
     capsys.readouterr()
     collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())
     assert capsys.readouterr().out.count("0 too long, 1 answered already") == 2, "nothing is answered again"
+
+
+def test_no_turn_of_a_conversation_is_held_out_while_another_is_trained_on(tmp_path: Path) -> None:
+    recipe = PromptRecipe(written=0, answer_tokens=5, batch=1)
+    given = [Conversation("0", "any", ("one", "two", "three")), Conversation("1", "any", ("on",))]
+    texts = Texts.load(collect(tiny(), Chatty(), given, recipe, tmp_path, (), TAPS), TAPS)
+    turns = [i for i, text in enumerate(texts.tokens) if Chatty().encode("<user>one") == text[:9].tolist()]
+    assert len(turns) == 3 < len(texts) == 4
+    for held_out in range(len(texts)):
+        apart = texts.apart_from(_only(texts, [held_out]))
+        kept = [i for i in range(4) if (i in turns) != (held_out in turns)]
+        expected = _only(texts, kept)
+        assert apart.prompts == expected.prompts
+        for name in ("tokens", "features"):
+            pairs = zip(getattr(apart, name), getattr(expected, name), strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+
+
+def _only(texts: Texts, rows: list[int]) -> Texts:
+    chosen = ([of[i] for i in rows] for of in (texts.tokens, texts.prompts, texts.features))
+    return Texts(*chosen, texts.taps)
 
 
 def test_a_turn_behind_one_too_long_to_answer_is_left_out(tmp_path: Path) -> None:

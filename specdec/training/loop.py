@@ -20,7 +20,7 @@ from torch import nn
 from ..data import digest
 from ..files import atomically
 from ..shards import expect_answers_of, read_shard
-from ..target import HFTarget
+from ..target import HFTarget, Tap
 from ..transfer import in_dtype
 from .estimate import Estimate, memory
 from .heldout import HeldOut, acceptance
@@ -66,7 +66,7 @@ def train(
     """
     for file in shards:
         expect_answers_of(target, read_shard(file), file)
-    training, held_out = (Texts.load(files, recipe.taps(target), stored) for files in _split(shards, recipe))
+    training, held_out = _split(shards, recipe, recipe.taps(target), stored)
     torch.manual_seed(seed)
     run = _Run(recipe.fresh(target, training), target, training, recipe, seed)
     state = out.with_suffix(".state")
@@ -82,9 +82,11 @@ def train(
     return run.curve
 
 
-def _split(shards: list[Path], recipe: Recipe) -> tuple[list[Path], list[Path]]:
-    training, held_out = split(shards, recipe.held_out)
-    if not training:
+def _split(shards: list[Path], recipe: Recipe, taps: tuple[Tap, ...], stored: bool) -> tuple[Texts, Texts]:
+    """Texts to train on, and others; no turn of a conversation that is held out is trained on."""
+    training, held_out = (Texts.load(files, taps, stored) for files in split(shards, recipe.held_out))
+    training = training.apart_from(held_out)
+    if not len(training):
         raise ValueError(
             f"{len(shards)} shards are too few to hold {recipe.held_out} out: head.held_out=1, or more data; "
             "smaller shards: prompts.batch=16"

@@ -93,6 +93,22 @@ class Texts:
         known = min(most, int((counts_V > 0).sum()))
         return counts_V.argsort(descending=True, stable=True)[:known].sort().values
 
+    def apart_from(self, others: "Texts") -> "Texts":
+        """The texts of other conversations: a later turn's text begins with what was asked before."""
+        theirs = list(zip(*others._as_bytes(), strict=True))
+        kept = [
+            i
+            for i, (text, prompt) in enumerate(zip(*self._as_bytes(), strict=True))
+            if not any(text.startswith(asked) or other.startswith(prompt) for other, asked in theirs)
+        ]
+        features = [self.features[i] for i in kept] if self.features else []
+        return Texts([self.tokens[i] for i in kept], [self.prompts[i] for i in kept], features, self.taps)
+
+    def _as_bytes(self) -> tuple[list[bytes], list[bytes]]:
+        """Texts, and their prompts, to be compared."""
+        prompts = [text[:prompt] for text, prompt in zip(self.tokens, self.prompts, strict=True)]
+        return [t.numpy().tobytes() for t in self.tokens], [p.numpy().tobytes() for p in prompts]
+
     def groups(self, rows: int, generator: torch.Generator) -> list[list[int]]:
         """Every text once: like lengths together, about `rows` padded tokens a group, in random order."""
         shuffled = torch.randperm(len(self), generator=generator).tolist()
@@ -168,9 +184,6 @@ def _read_one(target: HFTarget, tokens: list[int]) -> Tensor:
 
 
 def split(files: list[Path], held_out: int) -> tuple[list[Path], list[Path]]:
-    """Training shards and `held_out` others, spread evenly: shards are sorted by the length of prompts.
-
-    Turns of one conversation may lie in both, so files of several turns make what is held out look easier.
-    """
+    """Training shards and `held_out` others, spread evenly: shards are sorted by the length of prompts."""
     chosen = {files[int((i + 0.5) * len(files) / held_out)] for i in range(min(held_out, len(files)))}
     return [f for f in files if f not in chosen], sorted(chosen)
