@@ -39,6 +39,7 @@ class Rule(ABC):
     chain_only          at most one child a node
     greedy_only         temperature must be 0
     synthetic           it does not look at what the target says: only what steps cost is real
+    coupled             what it emits does not depend on the draft, which may know the noise of its draws
     """
 
     lossless: ClassVar[bool] = True
@@ -47,6 +48,7 @@ class Rule(ABC):
     chain_only: ClassVar[bool] = False
     greedy_only: ClassVar[bool] = False
     synthetic: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -86,6 +88,19 @@ class Match(Rule):
 
     def batch(self, trees: TreeBatch, p: LawBatch, streams: StreamBatch) -> VerdictBatch:
         return _walk(trees, p.draw(streams, trees.depth_BN))
+
+
+@dataclass(frozen=True)
+class Coupled(Match):
+    """Match, beside drafts that add the noise of the target's draws to their own laws.
+
+    Gumbel coupling (Daliri et al. 2408.07978), here of trees: their nodes are the tokens most likely to win
+    the target's race (2506.05632 has lists of them). A draft that is the target is always right, at any
+    temperature.
+    """
+
+    coupled = True
+    deterministic_only = True
 
 
 @dataclass(frozen=True)

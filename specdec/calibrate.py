@@ -79,12 +79,13 @@ def ranks_along(e: Experiment, requests: list[Request], depth: int, branches: in
     A greedy or matched tree accepts what the target says anyway, so `replayed` can tell from these ranks what
     a loop with any tree of fixed shape emits.
     """
-    plain = LoopArm(e, NoDraft(e.target, Chain()), Match())
+    rule = e.accept if isinstance(e.accept, Match) else Match()
+    plain = LoopArm(e, NoDraft(e.target, Chain()), rule)
     texts = {r.number: r.ids + steps_and_tokens(plain, e, r)[1] for r in requests}
     along = Along(depth=depth, branches=branches, texts=texts)
     with growing(e.proposer, along):
         for r in requests:
-            steps_and_tokens(LoopArm(e, e.proposer, Match()), e, r)
+            steps_and_tokens(LoopArm(e, e.proposer, rule), e, r)
     return along.ranks
 
 

@@ -6,7 +6,7 @@ Shapes: V vocabulary, S support, B batch, N nodes, X any leading shape.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from specdec_kernels.philox import Purpose, blocks, counter, open_unit, philox, race, row
 
 from .transfer import to_device
+
+ROUND = 1024  # a kept row has a multiple of so many numbers, and serves every support
+ROWS = 16  # of positions: more than a draft has levels
 
 
 class Key(NamedTuple):
@@ -41,6 +44,15 @@ class Rng(ABC):
         """True with probability min(1, num / den); False where both are 0."""
         return self.uniform(key) * den < num
 
+    def kept(self) -> "Rng":
+        """The same numbers for one sequence, of which some may be asked for twice."""
+        return self
+
+    def noise(self, support_S: Tensor, key: Key) -> Tensor:
+        """float32 [S]: the Gumbel noise that a draw adds to these tokens' log-weights to take the largest."""
+        u_V = self.uniforms(key, torch.arange(int(support_S.max()) + 1, device=support_S.device))
+        return -torch.log(-torch.log1p(-u_V[support_S]))
+
     def draw(self, weights_V: Tensor, key: Key) -> int:
         """A token with probability proportional to its weight."""
         support_S = weights_V.nonzero().squeeze(-1)
@@ -59,12 +71,33 @@ class Philox(Rng):
     def uniform(self, key: Key) -> float:
         return (philox(self.seed, 0, *counter(*key))[0] >> 8) * 2.0**-24
 
+    def kept(self) -> Rng:
+        return Kept(self.seed)
+
     def uniforms(self, key: Key, support_S: Tensor) -> Tensor:
         vocab = int(support_S[-1]) + 1
         if vocab < 4 * len(support_S):  # a block serves four tokens: here the whole row costs less
-            return row(self.seed, vocab, *counter(*key), support_S.device)[support_S]
+            return self._row(key, vocab, support_S.device)[support_S]
         words_S4 = blocks(self.seed, support_S >> 2, *counter(*key))
         return open_unit(words_S4.gather(1, (support_S & 3).unsqueeze(1)).squeeze(1))
+
+    def _row(self, key: Key, vocab: int, device: torch.device) -> Tensor:
+        """float32 [V] or longer."""
+        return row(self.seed, vocab, *counter(*key), device)
+
+
+@dataclass(frozen=True)
+class Kept(Philox):
+    """Remembers the latest rows: the target draws with those that a coupled draft has asked for."""
+
+    _rows: dict[Key, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def _row(self, key: Key, vocab: int, device: torch.device) -> Tensor:
+        if len(self._rows.get(key, ())) < vocab:
+            self._rows[key] = super()._row(key, -(-vocab // ROUND) * ROUND, device)
+        if len(self._rows) > ROWS:
+            del self._rows[next(iter(self._rows))]
+        return self._rows[key]
 
 
 @dataclass(frozen=True)
@@ -100,7 +133,14 @@ class Stream:
 
     def draw_at(self, weights_V: Tensor, depth: int) -> int:
         """The target's own draw `depth` tokens below the root: the same whoever drafted."""
-        return self.rng.draw(weights_V, Key(self.request, self.position + depth, 0, Purpose.TARGET))
+        return self.rng.draw(weights_V, self._target(depth))
+
+    def noise_at(self, support_S: Tensor, depth: int) -> Tensor:
+        """float32 [S]: the noise of that draw for some tokens."""
+        return self.rng.noise(support_S, self._target(depth))
+
+    def _target(self, depth: int) -> Key:
+        return Key(self.request, self.position + depth, 0, Purpose.TARGET)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Grown(Proposer):
         grown = [_resume(growth, None) for growth in growths]
         while any(frontier for _, frontier in grown):
             trees, frontiers = zip(*grown, strict=True)
-            laws = self.expand(seqs, list(trees), list(frontiers))
+            laws = map(_coupled, seqs, trees, frontiers, self.expand(seqs, list(trees), list(frontiers)))
             grown = [
                 _resume(growth, sent) if state[1] else state
                 for growth, sent, state in zip(growths, laws, grown, strict=True)
@@ -96,6 +96,15 @@ class Grown(Proposer):
     def levels(self, seq: Sequence) -> int:
         """Levels to draft: what the policy asks for, and no more than can be emitted before the bonus."""
         return min(self.tree.levels(seq.history), seq.room - 1)
+
+
+def _coupled(seq: Sequence, tree: TokenTree, nodes: list[int], laws: list[DraftLaw]) -> list[DraftLaw]:
+    """The laws at these nodes, with what the draft may know of the target's draws there."""
+    if not seq.coupling:
+        return laws
+    depth_N = tree.depth_N
+    pairs = zip(nodes, laws, strict=True)
+    return [law.coupled(seq.stream, depth_N[node], seq.coupling) for node, law in pairs]
 
 
 def _resume(growth: Growth, laws: list[DraftLaw] | None) -> tuple[TokenTree, list[int]]:

@@ -47,6 +47,18 @@ class DraftLaw:
             self._top = list(zip(tokens_K.tolist(), logp_K.tolist(), strict=True))
         return [pair for pair in self._top[:k] if pair[1] > -torch.inf]
 
+    def coupled(self, stream: Stream, depth: int, temperature: float) -> DraftLaw:
+        """What the target says `depth` tokens below the root, as far as the noise of its draw there tells.
+
+        It takes the largest of logits / temperature + noise, and this law's own are guesses of those logits.
+        """
+        tokens_K = torch.arange(self.vocab, device=self.logq_K.device)
+        tokens_K = tokens_K if self.tokens_K is None else self.tokens_K
+        if not len(tokens_K):
+            return self
+        logq_K = self.logq_K + temperature * stream.noise_at(tokens_K, depth)
+        return DraftLaw(logq_K.log_softmax(-1), self.vocab, self.tokens_K)
+
     def q(self) -> Tensor:
         """[V]: the law itself, zero outside its tokens."""
         if self.tokens_K is None:
