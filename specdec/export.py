@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from ._paths import conf_dir
 from .checkpoints.export import FORMATS, export
 from .config import as_target, load_target
-from .overrides import check_overrides, expect_known
-from .run import check_out, errors_in_one_line
+from .overrides import expect_known
+from .run import check_command, check_out, errors_in_one_line
 from .zoo import zoo_file
 
 
@@ -44,9 +43,8 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The entry point."""
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
-    with errors_in_one_line(), initialize_config_dir(conf_dir(), version_base="1.3"):
-        check_overrides(overrides, "export")
+    with errors_in_one_line():
+        check_command(sys.argv[1:], "export")
     _main()
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -71,22 +72,30 @@ def write_prompts(
 
     Messages that do not end within `longest` tokens are dropped, so somewhat fewer than `count` come back.
     Each batch is kept in `folder`, and not written again.
+    ValueError: a batch there is damaged, or was written with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {first: folder / f"prompts-{first:06d}.json" for first in range(0, count, batch)}
-    proposer = NoDraft(target, Chain())
-    missing, stop_ids = [f for f, file in files.items() if not file.exists()], (tokenizer.eos_token_id,)
-    with _bar("prompts by the target", min(count, batch * len(missing))) as advance:
-        for first in missing:
-            starts = [beginnings[(first + i) % len(beginnings)] for i in range(min(batch, count - first))]
+    asked = {
+        folder / f"prompts-{first:06d}.json": {
+            i: beginnings[i % len(beginnings)] for i in range(first, min(first + batch, count))
+        }
+        for first in range(0, count, batch)
+    }
+    settings = {file: _settings(target, seed, longest, starts) for file, starts in asked.items()}
+    written = {file: _read_prompts(file, settings[file]) for file in asked if file.exists()}
+    missing = [file for file in asked if file not in written]
+    proposer, stop_ids = NoDraft(target, Chain()), (tokenizer.eos_token_id,)
+    with _bar("prompts by the target", sum(len(asked[file]) for file in missing)) as advance:
+        for file in missing:
             seqs = [
-                Sequence(first + i, chat_opening(tokenizer, words), longest, Philox(seed), stop_ids)
-                for i, words in enumerate(starts)
+                Sequence(i, chat_opening(tokenizer, words), longest, Philox(seed), stop_ids)
+                for i, words in asked[file].items()
             ]
             _run(target, proposer, Sampling(temperature=1.0, top_k=64), seqs, advance)
-            texts = _finished(tokenizer, starts, seqs)
-            write_text(json.dumps(texts, ensure_ascii=False, indent=0), files[first])
-    texts = [text for file in files.values() for text in _read_prompts(file)]
+            written[file] = _finished(tokenizer, list(asked[file].values()), seqs)
+            content = settings[file] | {"prompts": written[file]}
+            write_text(json.dumps(content, ensure_ascii=False, indent=0), file)
+    texts = [text for file in asked for text in written[file]]
     kept = list(dict.fromkeys(texts))
     if count:
         _say(
@@ -96,11 +105,29 @@ def write_prompts(
     return kept
 
 
-def _read_prompts(file: Path) -> list[str]:
+def _settings(target: HFTarget, seed: int, longest: int, starts: dict[int, str]) -> dict[str, Any]:
+    """What messages depend on, under the names of overrides; `starts`: their first words by their numbers."""
+    return {
+        "target": target.fingerprint,
+        "prompts.seed": seed,
+        "prompts.message_tokens": longest,
+        "messages begun (prompts.written, prompts.batch)": len(starts),
+    } | {f"prompts.beginnings of message {i}": words for i, words in starts.items()}
+
+
+def _read_prompts(file: Path, settings: dict[str, Any]) -> list[str]:
+    """The prompts of a file. ValueError: damaged, or written with other settings."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        there = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no list of prompts ({error}): delete it to have others") from error
+    known = there if isinstance(there, dict) else {}  # a bare list of an earlier version says nothing
+    for name, new in settings.items():
+        if (old := known.get(name, "unknown")) != new:
+            raise ValueError(
+                f"{file} was written with {name}={old!r}, not {new!r}: give the same, or another out=FOLDER"
+            )
+    return known["prompts"]
 
 
 def _finished(tokenizer: PreTrainedTokenizerBase, starts: list[str], seqs: list[Sequence]) -> list[str]:

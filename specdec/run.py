@@ -44,7 +44,7 @@ def run(cfg: DictConfig, out: str | None = None, overrides: list[str] | None = N
 
 
 def _run(cfg: DictConfig, folder: RunFolder, overrides: list[str], show: Screen) -> dict:
-    _use_threads(cfg.threads)
+    use_threads(cfg.threads)
     config = OmegaConf.to_container(cfg, resolve=True)
     plan = prepare(cfg) if folder.summary() is None else None
     logger = make(cfg.logger, cfg.allow)
@@ -67,7 +67,8 @@ def _run(cfg: DictConfig, folder: RunFolder, overrides: list[str], show: Screen)
     return summary
 
 
-def _use_threads(threads: int | None) -> None:
+def use_threads(threads: int | None) -> None:
+    """Set torch's threads; null leaves its choice. ValueError: no such number."""
     if threads is None:
         return
     if type(threads) is not int or threads < 1:
@@ -161,15 +162,15 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"specdec: {error}")
 
 
-def check_command(words: list[str]) -> None:
+def check_command(words: list[str], name: str = "config") -> None:
     """ValueError for what Hydra would refuse at length; commands with options of Hydra's are left to it."""
     overrides = [word for word in words if word not in ("-m", "--multirun")]
     if any(word.startswith("-") for word in overrides):
         return
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        check_overrides(overrides)
+        check_overrides(overrides, name)
     if not {"-m", "--multirun"} & set(words):
-        check_out(Path(load_config(overrides).out))
+        check_out(Path(load_config(overrides, name).out))
 
 
 def check_out(folder: Path) -> None:

@@ -102,7 +102,8 @@ class RunFolder:
         if self.summary() is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
             return
-        if not (self.path / "env.json").exists():
+        # Without settings there is no run to go on with: env.json is of one that failed.
+        if not written.exists() or not (self.path / "env.json").exists():
             self._write(self.path / "env.json", json_text(env, indent=2).encode())
         if not written.exists():
             self._write(written, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())

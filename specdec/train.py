@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -23,14 +22,14 @@ from rich.console import Console
 from rich.text import Text
 
 from ._paths import conf_dir
-from .config import as_target, load_config, load_conversations, load_target, make
+from .config import as_target, load_conversations, load_target, make
 from .data import Conversation
 from .files import write_text
 from .hardware import PeakMemory, environment
 from .loading import Loaded
 from .logger import flat
 from .proposers.headfile import read_head
-from .run import check_out, errors_in_one_line, target_line
+from .run import check_command, errors_in_one_line, target_line, use_threads
 from .shards import shard_files
 from .store import json_text
 from .target import HFTarget
@@ -57,8 +56,7 @@ def run(cfg: DictConfig, out: str | None = None, overrides: list[str] | None = N
 
 
 def _run(cfg: DictConfig, out: Path, overrides: list[str]) -> Path:
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    use_threads(cfg.threads)
     recipe, prompts, logger = (make(cfg[name], cfg.allow) for name in ("head", "prompts", "logger"))
     file, config = out / "heads.safetensors", OmegaConf.to_container(cfg, resolve=True)
     console = Console(quiet=place()[0] > 0)
@@ -69,7 +67,8 @@ def _run(cfg: DictConfig, out: Path, overrides: list[str]) -> Path:
     loaded = load_target(cfg)
     target = as_target(loaded)
     console.print(Text(f"target: {target_line(target, cfg)}"), soft_wrap=True)
-    shards = ready or lead(lambda: answers(loaded, target, conversations, prompts, out, recipe))
+    chat = cfg.data.chat if cfg.get("data") else None
+    shards = ready or lead(lambda: answers(loaded, target, conversations, prompts, out, recipe, chat))
     record = trained(cfg, target, shards, recipe, prompts, file, console)
     record |= {"config": config, "environment": {**environment(sys.argv), "overrides": overrides}}
     if place()[0] == 0:
@@ -117,10 +116,11 @@ def answers(
     prompts: PromptRecipe,
     out: Path,
     recipe: Recipe,
+    chat: bool | None,
 ) -> list[Path]:
     """The shards in `out`, with what is still to be answered."""
     return collect(
-        target, target.tokenizer, conversations, prompts, out, loaded.stop_ids, recipe.taps(target)
+        target, target.tokenizer, conversations, prompts, out, loaded.stop_ids, recipe.taps(target), chat
     )
 
 
@@ -190,10 +190,8 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The entry point; unknown keys and choices are refused before Hydra meets them."""
-    words = sys.argv[1:]
     with errors_in_one_line():
-        if not any(word.startswith("-") for word in words):
-            check_out(Path(load_config(words, "train").out))
+        check_command(sys.argv[1:], "train")
     _main()
 
 

@@ -10,9 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import hydra
-import torch
 import yaml
-from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -22,25 +20,25 @@ from ._paths import conf_dir
 from .accept import Greedy, Match
 from .arms import Experiment
 from .calibrate import Size, growing
-from .config import Plan, load_config, make, prepare
+from .config import Plan, make, prepare
 from .data import Conversation
 from .files import write_text
 from .measure import check_lengths, measure
-from .overrides import check_overrides
 from .proposers.base import Grown
-from .run import check_out, errors_in_one_line
+from .run import check_command, errors_in_one_line, use_threads
 from .store import json_text
 from .text import turn_of
 from .trees import BestFirst, Sequoia, TreePolicy
 from .tuning import Tuning, tune
+from .ui import screen
 
 OURS = ("data", "tree", "skip", "prompts", "search", "out", "ui")
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> Path:
     """Tune, check, report; returns the file of the tree. `overrides`: what was asked for."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    use_threads(cfg.threads)
+    screen(cfg.ui)  # ValueError: there is no such one
     console = Console(quiet=cfg.ui == "none")
     search, plan = make(cfg.search, cfg.allow), prepare(cfg)
     check_tunable(plan)
@@ -155,11 +153,8 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The entry point."""
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-") and "=" in word]
-    with errors_in_one_line(), initialize_config_dir(conf_dir(), version_base="1.3"):
-        check_overrides(overrides, "tune")
     with errors_in_one_line():
-        check_out(Path(load_config(overrides, "tune").out))
+        check_command(sys.argv[1:], "tune")
     _main()
 
 

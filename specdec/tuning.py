@@ -37,6 +37,12 @@ class Search:
                 raise ValueError(
                     f"search.{name} is {values}, expected counts from {least} on: search.{name}=[{least},4]"
                 )
+        shallowest, largest = min(self.depths), max(self.nodes)
+        if shallowest >= largest:
+            raise ValueError(
+                f"search.nodes is {self.nodes} and search.depths is {self.depths}, expected a depth below a "
+                f"number of nodes: search.nodes=[{shallowest + 1}] or search.depths=[{largest - 1}]"
+            )
         for name in ("branches", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
+from models import cyclic, tiny
 
 from specdec.data import Conversation
 from specdec.onpolicy import chat_opening, write_prompts
@@ -46,6 +46,32 @@ def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.Cap
         write_prompts(tiny(), Chatty(), tmp_path, 10, **options)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 4}, r"prompts.seed=0, not 4: give the same, or another out=FOLDER"),
+        ({"longest": 9}, r"prompts.message_tokens=8, not 9"),
+        ({"beginnings": ["ab", "x"]}, r"prompts.beginnings of message 1='', not 'x'"),
+        ({"batch": 3}, r"messages begun \(prompts.written, prompts.batch\)=2, not 3"),
+        ({"count": 3}, r"prompts-000002.json was written with messages begun .*=2, not 1"),
+    ],
+)
+def test_prompts_written_with_other_settings_are_refused(changed: dict, said: str, tmp_path: Path) -> None:
+    options = {"count": 4, "beginnings": ["ab", ""], "batch": 2, "longest": 8}
+    write_prompts(tiny(), Chatty(), tmp_path, **options)
+    with pytest.raises(ValueError, match=said):
+        write_prompts(tiny(), Chatty(), tmp_path, **options | changed)
+
+
+def test_prompts_of_another_target_or_of_none_known_are_refused(tmp_path: Path) -> None:
+    write_prompts(tiny(), Chatty(), tmp_path, 2, beginnings=["x"], longest=8)
+    with pytest.raises(ValueError, match=rf"target='{tiny().fingerprint}', not '{cyclic().fingerprint}'"):
+        write_prompts(cyclic(), Chatty(), tmp_path, 2, beginnings=["x"], longest=8)
+    (tmp_path / "prompts-000000.json").write_text('["a message"]')
+    with pytest.raises(ValueError, match=r"target='unknown', not .*another out=FOLDER"):
+        write_prompts(tiny(), Chatty(), tmp_path, 2, beginnings=["x"], longest=8)
+
+
 def test_prompts_of_both_kinds_are_answered(tmp_path: Path) -> None:
     recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
     given = [Conversation("0", "any", ("one",)), Conversation("1", "any", ("one",))]
@@ -55,6 +81,20 @@ def test_prompts_of_both_kinds_are_answered(tmp_path: Path) -> None:
     assert read_shard(files[0]).taps == TAPS
     bare = replace(recipe, written=0, store_features=False)
     assert not read_shard(collect(tiny(), Chatty(), given, bare, tmp_path / "bare", (), TAPS)[0]).taps
+
+
+def test_data_chat_renders_conversations_and_not_what_the_target_wrote(tmp_path: Path) -> None:
+    recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
+    given = [Conversation("0", "any", ("one",))]
+    files = collect(tiny(), Chatty(), given, recipe, tmp_path, (), (), chat=False)
+    own = write_prompts(tiny(), Chatty(), tmp_path, 6, beginnings=["x"], batch=4, longest=40)
+    asked = [
+        tuple(text[:prompt].tolist())
+        for shard in map(read_shard, files)
+        for text, prompt in zip(shard.texts(), shard.prompts_S, strict=True)
+    ]
+    templated = [Chatty().apply_chat_template([{"role": "user", "content": text}]) for text in own]
+    assert set(asked) == set(map(tuple, [Chatty().encode("one"), *templated]))
 
 
 def test_every_turn_is_answered_behind_the_answers_before(
@@ -114,6 +154,8 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         PromptRecipe(batch=0)
     with pytest.raises(ValueError, match=r"prompts.beginnings is empty"):
         PromptRecipe(beginnings=())
+    with pytest.raises(ValueError, match=r"^prompts.temperature is -1, .*: prompts.temperature=0.7$"):
+        PromptRecipe(temperature=-1)
     with pytest.raises(ValueError, match=r"nothing to train on.*prompts.written=1216"):
         collect(tiny(), Chatty(), [], PromptRecipe(written=0), tmp_path, (), TAPS)
     with pytest.raises(ValueError, match=r"no chat template.*written=0"):

@@ -224,6 +224,7 @@ def test_the_command_writes_a_folder_that_names_its_target(
         ("out=new", "heads is null, expected a file, or the name of one in the zoo: heads=FILE"),
         ("heads=nobody", "^specdec: heads=nobody: no such file, nor one of the zoo's"),
         ("heads=nobody to=vllm", "to=vllm is unknown; the nearest is 'vllm-medusa'"),
+        ("heads=nobody --config-dir .", "^specdec: heads=nobody: no such file, nor one of the zoo's"),
         ("verifiers=nobody", "override verifiers is unknown; the nearest is 'verifier'"),
     ],
 )

@@ -193,7 +193,10 @@ def test_the_same_folder_again(
 def test_settings_that_never_worked_do_not_bind_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lower max_new_tokens="):
         here(tmp_path, "data.limit=1", "max_new_tokens=4000")
+    asked_for = RunFolder(tmp_path).path / "env.json"
+    assert "max_new_tokens=4000" in json.loads(asked_for.read_text())["overrides"], "a sweep names it so"
     here(tmp_path, "data.limit=1")
+    assert "max_new_tokens=4000" not in json.loads(asked_for.read_text())["overrides"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,13 @@ def test_the_first_environment_is_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "env.json").read_text()) == ENV
 
 
+def test_the_environment_of_a_run_that_failed_is_not_kept(tmp_path: Path) -> None:
+    opened(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    RunFolder(tmp_path).open(CONFIG, {"python": "3.13"})
+    assert json.loads((tmp_path / "env.json").read_text()) == {"python": "3.13"}
+
+
 def test_results_of_unknown_settings_are_refused(tmp_path: Path) -> None:
     opened(tmp_path).save_group(0, group_records(0))
     (tmp_path / "config.yaml").unlink()

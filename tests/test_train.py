@@ -63,6 +63,22 @@ def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -
         run(load_config([*again[:-1], f"shards={tmp_path}", f"out={tmp_path / 'three'}"], "train"))
 
 
+def test_what_is_wrong_is_said_before_anything_is_answered(asked: str, tmp_path: Path) -> None:
+    wrong = {
+        "threads=0": r"threads is 0, expected 1 or more, or null .*: threads=2",
+        "threads=-1": r"threads is -1, expected 1 or more",
+        "threads=two": r"threads is 'two', expected 1 or more",
+        "head.unroll=0": r"head.unroll is 0, expected 1 or more: head.unroll=4",
+        "head.layers=[0,2]": r"head.layers is \[0, 2\], expected .* 0 to 1: head.layers=\[0,1\]",
+        "prompts.temperature=-1": r"prompts.temperature is -1, expected 0",
+        "data.chat=true": r"data.chat=true needs a tokenizer with a chat template",
+    }
+    for word, said in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            run(load_config([*COMMAND, asked, word, f"out={tmp_path / 'heads'}"], "train"))
+    assert not list(tmp_path.glob("heads/*"))
+
+
 def test_two_processes_do_what_one_does_with_two_batches_a_step(asked: str, tmp_path: Path) -> None:
     """The gradients of two ranks are summed as those of two batches are: the same curve, bit for bit."""
     words = [*COMMAND, asked]

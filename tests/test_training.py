@@ -226,6 +226,11 @@ def test_wrong_settings_are_refused(shards: list[Path], tmp_path: Path) -> None:
         MedusaRecipe(dtype="int8")
     with pytest.raises(ValueError, match=r"head.objective is 'l2', expected kl, tv, lk: head.objective=kl"):
         Eagle3Recipe(objective="l2")
+    with pytest.raises(ValueError, match=r"head.unroll is 0, expected 1 or more: head.unroll=4"):
+        Eagle3Recipe(unroll=0)
+    for layers in ((), (-1, 1), (0, 2)):
+        with pytest.raises(ValueError, match=r"head.layers is .*expected .* 0 to 1: head.layers=\[0,1\]"):
+            Eagle3Recipe(layers=layers).taps(tiny())
     with pytest.raises(ValueError, match=r"1 shards are too few to hold 1 out: .*prompts.batch=16"):
         train(tiny(), shards[:1], EAGLE, out)
     with pytest.raises(ValueError, match=r"was written by random-llama .* this target is .*shards=FOLDER"):

@@ -270,6 +270,14 @@ def test_a_run_takes_the_tuned_tree_by_the_command_that_is_printed(
         (["search.nodes=[1]"], r"search.nodes is \[1\], expected counts from 2 on: search.nodes=\[2,4\]"),
         (["search.depths=[]"], r"search.depths is \[\], expected counts from 1 on"),
         (["search.rounds=0"], r"search.rounds is 0, expected 1 or more: search.rounds=8"),
+        (
+            ["search.nodes=[2,4]", "search.depths=[4,6]"],
+            r"search.nodes is \[2, 4\] and search.depths is \[4, 6\], expected a depth below a number of "
+            r"nodes: search.nodes=\[5\] or search.depths=\[3\]",
+        ),
+        (["threads=0"], r"threads is 0, expected 1 or more, or null .*: threads=2"),
+        (["threads=two"], r"threads is 'two', expected 1 or more"),
+        (["ui=jason"], r"ui=jason: expected one of .*; the nearest is ui=json"),
         (["skip=9"], r"skip=9 and prompts=4 leave 1 of 10 conversations, expected 2 or more"),
         (["skip=-1"], r"skip=-1 and prompts=4"),
     ],
@@ -283,7 +291,18 @@ def test_what_cannot_be_tuned_is_said_before_a_model_is_loaded(
     monkeypatch.setattr(config, "_load_once", load)
     base = [word for word in BASE if "proposer=none" not in overrides or not word.startswith("proposer.")]
     with pytest.raises(ValueError, match=message):
-        run(load_config([*base, *overrides, f"out={tmp_path}", "ui=none"], "tune"), [])
+        run(load_config([*base, f"out={tmp_path}", "ui=none", *overrides], "tune"), [])
+
+
+def test_commands_with_options_of_hydra_s_are_left_to_hydra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "tuned.yaml").write_text("_target_: specdec.trees.Sequoia\n")
+    words = ["--config-dir", str(tmp_path), *BASE, "tree=tuned", "skip=-1", f"out={tmp_path / 'out'}"]
+    monkeypatch.setattr("sys.argv", ["tune", *words])
+    with pytest.raises(SystemExit, match=r"^specdec: skip=-1 and prompts=4 leave"):
+        tune_main()
 
 
 def test_prompts_are_asked_for_and_never_both_measured_and_checked() -> None:

@@ -43,6 +43,10 @@ class PromptRecipe:
                 )
         if not self.beginnings:
             raise ValueError('prompts.beginnings is empty, expected first words: prompts.beginnings=[""]')
+        try:
+            Sampling(temperature=self.temperature)
+        except ValueError as error:
+            raise ValueError(str(error).replace("temperature", "prompts.temperature")) from error
 
 
 def collect(
@@ -53,12 +57,14 @@ def collect(
     folder: Path,
     stop_ids: tuple[int, ...],
     taps: tuple[Tap, ...],
+    chat: bool | None = None,
 ) -> list[Path]:
     """Prompts, then the target's answers to them, as shards in `folder`; what is there already is kept.
 
     conversations  every turn is answered, behind the answers to those before: such a text is stored turn
                    after turn, each time longer
     taps           to keep beside the tokens, where the recipe stores features
+    chat           how conversations are rendered; the target's own messages come from its chat template
     """
     own = write_prompts(
         target,
@@ -86,16 +92,19 @@ def collect(
         sampling=Sampling(temperature=recipe.temperature),
         seed=recipe.seed,
     )
-    return _turn_by_turn(tokenizer, asked, write)
+    return _turn_by_turn(tokenizer, asked, write, {c.id: chat for c in conversations})
 
 
 def _turn_by_turn(
-    tokenizer: PreTrainedTokenizerBase, asked: list[Conversation], write: Callable[..., list[Path]]
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[Conversation],
+    write: Callable[..., list[Path]],
+    chats: dict[str, bool | None],
 ) -> list[Path]:
     """Have first turns answered, then second ones, and so on: a prompt holds the answers before it."""
     said: dict[str, list[int]] = {}
     for turn in count():
-        requests = [turn_of(tokenizer, c, turn, said) for c in asked]
+        requests = [turn_of(tokenizer, c, turn, said, chats.get(c.id)) for c in asked]
         files = write([r.ids for r in requests])
         asked = [c for c in asked if turn + 1 < len(c.turns)]
         answers = _answers(files) if asked else {}

@@ -45,12 +45,24 @@ class Eagle3Recipe(HeadRecipe):
 
     kind: ClassVar[str] = "eagle3"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unroll < 1:
+            raise ValueError(f"head.unroll is {self.unroll}, expected 1 or more: head.unroll=4")
+
     def taps(self, target: HFTarget) -> tuple[Tap, ...]:
         return (*self._layers(target), "final")
 
     def _layers(self, target: HFTarget) -> tuple[int, ...]:
         n = len(target.layers)
-        return tuple(self.layers or sorted({min(2, n - 1), n // 2, max(n - 3, 0)}))
+        usual = sorted({min(2, n - 1), n // 2, max(n - 3, 0)})
+        layers = tuple(usual if self.layers is None else self.layers)
+        if not layers or not all(i in range(n) for i in layers):
+            raise ValueError(
+                f"head.layers is {list(layers)}, expected some of this target's layers 0 to {n - 1}: "
+                f"head.layers=[{','.join(map(str, usual))}]"
+            )
+        return layers
 
     def new(self, target: HFTarget, tokens_U: Tensor) -> Eagle3Head:
         head = Eagle3Head(self._config(target, len(tokens_U)))
