@@ -1,11 +1,11 @@
 """python experiments/training_prompts.py SOURCE prompts.jsonl [seed]: prompts to train heads on.
 
 SOURCE is experiments/prompts, where they were written one by one: each line of KIND.txt is a conversation, in
-which `\\n` is a new line and ` ||| ` stands between turns. Or it is gsm8k_train.jsonl (github.com/openai/
-grade-school-math, train.jsonl), which gives others, chosen by the seed: functions of Python's standard library
-to complete, to write and to explain, its texts to summarise, sentences to translate, and sums; and the kinds of
-assistants' benchmarks, composed by the rules of prompt_parts.txt. None is of a benchmark's test, and the last
-500 rows of GSM8K's training split are left out.
+which `\\n` is a new line and ` ||| ` stands between turns. Or it is gsm8k_train.jsonl (train.jsonl of
+github.com/openai/grade-school-math), which gives others, chosen by the seed: functions of Python's standard
+library to complete, to write and to explain, its texts to summarise, sentences to translate, and sums; and
+the kinds of assistants' benchmarks, composed by the rules of prompt_parts.txt. None is of a benchmark's test,
+and the last 500 rows of GSM8K's training split are left out.
 """
 
 import ast

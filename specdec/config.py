@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 NAMED = ("proposer", "tree", "accept", "data")
-KINDS = {"int": int, "float": int | float, "bool": bool, "None": type(None), "str": object}
-KINDS |= {"list": list, "tuple": list, "Sequence": list, "dict": dict}
-WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "keys and values"}
+KINDS = {"int": int, "float": int | float, "bool": bool, "None": type(None), "str": str}
+KINDS |= {"list": list, "tuple": list, "Sequence": list, "dict": dict, "any": object}
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+WORDS |= {"dict": "keys and values", "None": "null"}
 
 
 def load_config(overrides: list[str] | None = None, name: str = "config") -> DictConfig:
@@ -93,6 +94,7 @@ class Plan:
 
 def prepare(cfg: DictConfig) -> Plan:
     """Everything of a run but its model. ValueError for what can be refused without one."""
+    check_arguments(Settings, {"chat": cfg.data.chat}, "data.")
     settings = Settings(**_checked(Settings, cfg), chat=cfg.data.chat)
     sampling = Sampling(**_checked(Sampling, cfg))
     tree, accept, hardware = (make(cfg[name], cfg.allow) for name in ("tree", "accept", "hardware"))
@@ -187,16 +189,27 @@ def check_arguments(function: Callable, given: dict[str, Any], at: str = "") -> 
         expect_known(key, sorted(parameters), f"{at}{key}")
         kinds = _kinds(parameters[key].annotation)
         if not any(isinstance(value, KINDS[k]) and (k == "bool" or type(value) is not bool) for k in kinds):
-            example = f"[{value}]" if list in map(KINDS.get, kinds) else parameters[key].default
-            wanted = " or ".join("null" if k == "None" else WORDS.get(k, "a list") for k in kinds)
+            example = _example(value, kinds, parameters[key].default)
+            wanted = " or ".join(WORDS.get(k, "a list") for k in kinds)
             raise ValueError(f"{at}{key} is {value!r}, expected {wanted}: {at}{key}={example}")
+
+
+def _example(value: Any, kinds: list[str], default: Any) -> Any:
+    """What to write for a value that is of none of these kinds: what it was meant as, else the default."""
+    if list in map(KINDS.get, kinds) and value is not None:
+        return f"[{value}]"
+    if "str" in kinds and type(value) in (int, float):
+        return f"""'"{value}"'"""  # the shell takes the outer quotes, Hydra the inner ones
+    if isinstance(default, tuple):
+        return f"[{','.join(map(str, default))}]"
+    return "null" if default is None else "VALUE" if default is inspect.Parameter.empty else default
 
 
 def _kinds(annotation: Any) -> list[str]:
     """The kinds that an annotation such as `int | None` allows; any kind where it says more than that."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     kinds = [word.partition("[")[0].rpartition(".")[2] for word in text.split(" | ")]
-    return kinds if all(k in KINDS for k in kinds) else ["str", "bool"]
+    return kinds if all(k in KINDS for k in kinds) else ["any", "bool"]
 
 
 def _checked(function: Callable, cfg: DictConfig) -> dict[str, Any]:

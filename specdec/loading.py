@@ -19,6 +19,7 @@ from specdec.embedded import embedded
 from specdec.hardware import native_bf16
 from specdec.transfer import in_dtype
 
+OWN_CODE = ", or target.trust_remote_code=true for a model with its own code"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A wide initialisation keeps the laws of so narrow a model away from uniform; random text has no natural end.
 TINY: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
@@ -173,10 +174,7 @@ def _check_config(path: str, **source: Any) -> None:
     try:
         kind = hf.AutoConfig.from_pretrained(path, **source).model_type
     except ValueError as error:
-        remedy = (
-            "set target.path=ID_OR_FOLDER, or target.trust_remote_code=true for a model with its own code"
-        )
-        raise ValueError(f"target.path={path}: {error} ({remedy})") from error
+        raise ValueError(f"target.path={path}: {error} (set target.path=ID_OR_FOLDER{OWN_CODE})") from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not source["trust_remote_code"]:
         raise ValueError(f"target.path={path}: {kind} is no causal LM; set target.path=ID_OR_FOLDER of one")
 

@@ -65,6 +65,12 @@ BEFORE_ANY_MODEL = {
     "tree.depth=deep": r"tree.depth is 'deep', expected a whole number: tree.depth=5",
     "tree.depth=-1": r"tree.depth is -1, expected 0 or more: tree.depth=5",
     "tree=topk tree.widths=3": r"tree.widths is 3, expected a list: tree.widths=\[3\]",
+    "tree=topk tree.widths=null": r"tree.widths is None, expected a list: tree.widths=\[4,2,1\]",
+    "tree=topk tree.widths=[4,3,2,1]": r"tree.widths is .*, 4 levels, tree.depth is 3: tree.depth=4",
+    "proposer=medusa proposer.heads=null": r"heads is None, expected text: .*=smollm2-135m-hydra",
+    "proposer=medusa proposer.heads=true": r"heads is True, expected text: .*=smollm2-135m-hydra",
+    "data=jsonl data.path=3": r"""data.path is 3, expected text or null: data.path='"3"'$""",
+    "data.chat=no": r"data.chat is 'no', expected true or false or null: data.chat=null",
     "data=jsonl": r"data=jsonl needs a file: data.path=FILE",
     "data=jsonl data.path=nothing.jsonl": r"data.path=nothing.jsonl is not a file",
     "data=jsonl data.path=empty.jsonl": r"empty.jsonl is empty, expected one JSON object a line",
@@ -72,6 +78,8 @@ BEFORE_ANY_MODEL = {
     "data=jsonl data.path=silent.jsonl": r"silent.jsonl, line 1: 'turns' must be a non-empty list",
     "data.categories=[poems]": r"no category poems; present: coding, ",
     "data.limit=0": r"data.limit=0 must be an integer of at least 1",
+    "hardware.name=null": r"hardware.name is None, expected text: hardware.name=VALUE",
+    "hardware.price_per_hour=cheap": r"is 'cheap', expected a number or null: .*price_per_hour=null",
     "hardware.price_per_hour=-1": r"hardware.price_per_hour=-1: expected US dollars per hour",
     "logger=wandb logger.mode=of": r"logger.mode=of: .*; the nearest is logger.mode=off",
 }
@@ -167,6 +175,24 @@ def test_a_draft_with_another_tokenizer(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("specdec.proposers.draft_lm.pretrained", lambda *_: loaded)
     with pytest.raises(ValueError, match=r"the draft small has another tokenizer .*proposer.path="):
         start("proposer=draft_lm", "proposer.path=small")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("proposer.path=nowhere", r"^proposer.path=nowhere: expected a causal LM.*; set proposer.path="),
+        ("proposer.path=nowhere proposer.dtype=fp16", r"^proposer.dtype=fp16: .*; set proposer.dtype=auto"),
+        ("proposer.path=odd", r"^proposer.path=odd: .*set proposer.path=ID_OR_FOLDER\)$"),
+        ("proposer.path=mamba", r"can't be rolled back .*choose another proposer.path"),
+    ],
+)
+def test_a_draft_s_errors_name_the_proposer_s_overrides(words: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "odd"}')
+    random_model("mamba", {"num_hidden_layers": 1}, device="cpu").model.save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ValueError, match=re.compile(said, re.DOTALL)) as caught:
+        start("proposer=draft_lm", *words.split())
+    assert "target.path" not in str(caught.value)
 
 
 def test_a_draft_is_a_path_or_layers() -> None:

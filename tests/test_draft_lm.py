@@ -253,7 +253,7 @@ DAMAGE = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is no file of draft_lm heads"),
     "no head": (lambda path: save_file({"x": torch.zeros(1)}, path), "is no file of draft_lm heads"),
     "other target": (broken(fingerprint="0123", source=[29]), "was trained for .*fingerprint 0123"),
-    "more said": (broken(colour="red"), "does not say which layers it holds .*colour"),
+    "more said": (broken(colour="red"), "is no file of draft_lm heads .*colour"),
     "no such layer": (broken(source=[0, 2]), r"head.source is \[0, 2\], expected .* 0 to 1"),
     "fewer layers": (broken(source=[0]), "other tensors than expected: layers.1"),
     "NaN": (broken(lambda t: t[NORM][1].fill_(torch.nan)), "weights that are not finite"),

@@ -64,7 +64,7 @@ CHAINS = {
 TREES = {
     "sampled 2-1": Sampled(depth=2, widths=(2, 1)),
     "sampled 2-2": Sampled(depth=2, widths=(2, 2)),
-    "uneven": Uneven(depth=2),
+    "uneven": Uneven(depth=2, widths=(2, 1)),
     "stops where unsure": Sampled(depth=2, widths=(2, 1), length="confidence", threshold=0.4),
     "top-k": TopK(depth=2, widths=(2, 1)),
     "static": Static(depth=2, paths=((0, 1), (1,), (2, 0))),

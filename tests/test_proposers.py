@@ -22,10 +22,12 @@ from models import (
     plain,
     requests,
     run,
+    save_eagle,
     save_heads,
     tiny,
     tiny_model,
     tokens_per_step,
+    untrained_eagle,
     untrained_heads,
 )
 from safetensors.torch import load_file, save_file
@@ -36,6 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdec.decode import Sequence
 from specdec.loading import random_model
+from specdec.proposers import draft_head, eagle3_head
 from specdec.proposers.draft_lm import DraftLM, check_same_tokenizer, first_layers
 from specdec.proposers.medusa import Medusa
 from specdec.proposers.medusa_heads import MedusaHeads
@@ -174,7 +177,7 @@ def test_a_neighbour_that_drafts_on_leaves_the_rows_of_a_complete_tree_alone() -
 
 
 def test_a_drawn_tree_draws_from_the_most_likely_tokens() -> None:
-    few, whole = (DraftLM(tiny(), Sampled(depth=1), layers=1, top_k=k) for k in (5, 0))
+    few, whole = (DraftLM(tiny(), Sampled(depth=1, widths=(4,)), layers=1, top_k=k) for k in (5, 0))
     logits_XV = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
     q_XV, p_XV = few.log_laws(logits_XV).exp(), whole.log_laws(logits_XV).exp()
     kept_XV = p_XV >= p_XV.topk(5).values[:, -1:]
@@ -365,6 +368,34 @@ def test_damaged_and_foreign_heads_are_refused(damage: Callable, message: str, t
     damage(path)
     with pytest.raises(ValueError, match=f"heads.safetensors.*{message}.*specdec.train head=medusa"):
         Medusa(tiny(), Chain(), heads=str(path))
+
+
+LOADERS = {"medusa": MedusaHeads.load, "eagle3": eagle3_head.load, "draft_lm": draft_head.load}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("said", [{"target": "x"}, {"config": {"width": 3}, "source": [0]}, [], 3], ids=str)
+def test_a_file_that_says_too_little_is_refused(kind: str, said: object, tmp_path: Path) -> None:
+    path = tmp_path / "heads.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={kind: json.dumps(said)})
+    with pytest.raises(ValueError, match=rf"^head.start={path} is no file of {kind} heads .* head={kind}$"):
+        LOADERS[kind](path, tiny(), "head.start")
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_heads_of_another_target_are_refused_with_the_override_that_named_them(
+    kind: str, tmp_path: Path
+) -> None:
+    path, draft = tmp_path / "heads.safetensors", draft_head.DraftHead(tiny(), (0,))
+    if kind == "medusa":
+        save_heads(untrained_heads(tiny(), [1, 2]), cyclic(), path)
+    elif kind == "eagle3":
+        save_eagle(untrained_eagle(tiny(), [1, 2]), cyclic(), path)
+    else:
+        said = draft_head.DraftInfo((0,), cyclic().name, cyclic().fingerprint, ACCURACY)
+        draft_head.save(path, draft.drafting(tiny(), torch.tensor([1, 2])), said)
+    with pytest.raises(ValueError, match=r"was trained for .* with head.start=FILE"):
+        LOADERS[kind](path, tiny(), "head.start")
 
 
 def test_heads_that_do_not_exist_are_refused_with_what_there_is(tmp_path: Path) -> None:

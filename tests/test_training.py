@@ -47,7 +47,6 @@ def test_a_batch_is_the_texts_side_by_side(shards: list[Path]) -> None:
             T, rest = len(tokens), batch.tokens_ST.shape[1] - len(tokens)
             assert batch.tokens_ST[s].tolist() == tokens + [0] * rest
             assert batch.next_ST[s].tolist() == [*tokens[1:], last] + [0] * rest
-            assert batch.real_ST[s].tolist() == [True] * T + [False] * rest
             said = [texts.prompts[i] <= t + 1 <= T for t in range(T + rest)]
             assert batch.said_ST[s].tolist() == said
             side_by_side = torch.cat([batch.hidden[tap][s] for tap in TAPS], dim=-1)

@@ -155,6 +155,8 @@ def test_confidence_keeps_the_unlikely_token_and_drafts_nothing_behind_it(policy
         (lambda: Chain(threshold=1.5), r"tree.threshold is 1.5.*tree.threshold=0.4"),
         (lambda: TopK(widths=()), r"tree.widths is \[\].*tree.widths=\[4,2,1\]"),
         (lambda: Sampled(widths=(2, 0)), r"tree.widths is \[2, 0\].*tree.widths=\[4,2,1\]"),
+        (lambda: TopK(depth=2, widths=(4, 3, 2)), r"\[4, 3, 2\], 3 levels, tree.depth is 2: tree.depth=3"),
+        (lambda: Sampled(depth=1, widths=(1, 1)), r"\[1, 1\], 2 levels, tree.depth is 1: tree.depth=2"),
         (lambda: Static(nodes=0), r"tree.nodes is 0.*tree.nodes=8"),
         (lambda: Static(paths=((0,), (-1,))), r"negative rank.*tree.paths=\[\[0,0\],\[1\]\]"),
         (lambda: Static(depth=2, paths=((0, 0, 0),)), r"3 levels deep, tree.depth is 2: tree.depth=3"),

@@ -224,6 +224,7 @@ def test_errors_name_the_options_of_the_other_as_they_are_here() -> None:
         ({"chances": []}, "proposer.chances"),
         ({"chances": [0.5, 0.0]}, "proposer.chances"),
         ({"chances": [0.5, 1.5]}, "proposer.chances"),
+        ({"sure": 0.0}, "proposer.sure=0.7"),
         ({"nodes": 1}, "proposer.nodes=2 proposer.most=16"),
         ({"nodes": 9, "most": 8}, "proposer.most=9"),
     ],

@@ -63,11 +63,11 @@ def export(file: Path, to: str, target: HFTarget, out: Path, verifier: str) -> N
 
 def _native(file: Path, kind: str, target: HFTarget) -> Native:
     if kind == medusa.KIND:
-        _, info = MedusaHeads.load(file, target)
+        _, info = MedusaHeads.load(file, target, "heads")
         state = read_head(file, kind)[1]
         ascending = {"tokens_U": state["tokens_U"].sort().values}
         return Native(replace(info, accuracy_KR=[]), state | ascending, info.heads)
-    _, info = eagle3_head.load(file, target)
+    _, info = eagle3_head.load(file, target, "heads")
     return Native(info.config, read_head(file, kind)[1], len(info.accuracy_KR))
 
 

@@ -118,8 +118,9 @@ def _resume(growth: Growth, laws: list[DraftLaw] | None) -> tuple[TokenTree, lis
 class FromLogits(Grown):
     """A proposer whose laws come from logits.
 
-    temperature, top_k  of the laws, where the tree draws from them; top_k=0 keeps the whole draft vocabulary.
-                        A law of few tokens is cheap to draw from, and loses little
+    temperature  of the laws
+    top_k        of those that the tree draws from; 0: the whole draft vocabulary. Of few tokens drawing is
+                 cheap, and loses little
     """
 
     def __init__(self, target: HFTarget, tree: TreePolicy, temperature: float = 1.0, top_k: int = 0) -> None:

@@ -37,6 +37,11 @@ class DraftInfo:
     fingerprint: str
     accuracy_KR: list[list[float]]
 
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> DraftInfo:
+        """From a file's metadata. KeyError, TypeError: not all of it is there, or more."""
+        return cls(**plain | {"source": tuple(plain["source"])})
+
 
 class DraftHead(nn.Module):
     """Copies of some of the target's layers, and of all else in its decoder but the embedding.
@@ -133,25 +138,17 @@ def save(path: Path, head: DraftHead, info: DraftInfo) -> None:
     write_head(path, KIND, asdict(info), head.stored())
 
 
-def load(path: Path, target: HFTarget) -> tuple[DraftHead, DraftInfo]:
-    """A file's draft on the target's device and dtype. ValueError: damaged, or for another target."""
-    plain, tensors = read_head(path, KIND)
-    info = _info(path, plain)
+def load(path: Path, target: HFTarget, key: str = "proposer.heads") -> tuple[DraftHead, DraftInfo]:
+    """A file's draft on the target's device and dtype. ValueError: damaged, or for another target.
+
+    key  the override that named the file, for the error
+    """
+    info, tensors = read_head(path, KIND, DraftInfo.of, key)
     # Another target, which is refused below, may have other layers.
     head = DraftHead(target, info.source if info.fingerprint == target.fingerprint else (0,))
     expected = {name: tuple(t.shape) for name, t in head.decoder.state_dict().items()}
     expected["tokens_U"] = tuple(tensors["tokens_U"].shape)[:1] if "tokens_U" in tensors else ()
-    check_head(path, KIND, info, tensors, expected, target)
+    check_head(path, KIND, info, tensors, expected, target, key)
     tokens_U = tensors.pop("tokens_U")
     head.decoder.load_state_dict(tensors)
     return head.drafting(target, tokens_U), info
-
-
-def _info(path: Path, plain: dict[str, Any]) -> DraftInfo:
-    try:
-        return DraftInfo(**plain | {"source": tuple(plain["source"])})
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"proposer.heads={path} does not say which layers it holds ({error}); train a draft: "
-            f"python -m specdec.train head={KIND}"
-        ) from error

@@ -8,6 +8,7 @@ between its embedding and its LM head. Shapes: N nodes, V vocabulary, U draft vo
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import decoder_layers
-from ..loading import pretrained
+from ..loading import OWN_CODE, pretrained
 from ..target import HFTarget
 from ..tree import TokenTree, TreeBatch, Verdict
 from ..trees import DraftLaw, Fixed, followed
@@ -63,7 +64,8 @@ class DraftLM(FromLogits):
     layers       how many of the target's own first layers draft; or
     heads        file of layers distilled from the target, or the name of one in the zoo; the zoo's for the
                  default target where none of the three is given
-    temperature, top_k  of the draft's laws, where the tree draws from them; top_k=0: the whole vocabulary
+    temperature  of the draft's laws
+    top_k        of those that the tree draws from; 0: the whole vocabulary
     """
 
     def __init__(
@@ -87,12 +89,11 @@ class DraftLM(FromLogits):
             )
         self.tokens_U: Tensor | None = None
         if path is not None:
-            model = self._load(path, dtype)
+            self.draft = self._load(path, dtype)
         elif layers is not None:
-            model = first_layers(target.model, layers)
+            self.draft = HFTarget(first_layers(target.model, layers), engine=target.engine)
         else:
-            model = self._distilled(heads or ZOO_DRAFT)
-        self.draft = HFTarget(model, engine=target.engine)
+            self.draft = HFTarget(self._distilled(heads or ZOO_DRAFT), engine=target.engine)
         self._known, self._named = self._vocabulary()
 
     def _vocabulary(self) -> tuple[int, Tensor | None]:
@@ -109,10 +110,15 @@ class DraftLM(FromLogits):
         self.tree = self.tree.fitted(info.accuracy_KR * self.tree.depth)
         return causal_lm(head, self.target)
 
-    def _load(self, path: str, dtype: str) -> PreTrainedModel:
-        loaded = pretrained(path, dtype, str(self.target.device))
+    def _load(self, path: str, dtype: str) -> HFTarget:
+        try:
+            loaded = pretrained(path, dtype, str(self.target.device))
+            draft = HFTarget(loaded.model, engine=self.target.engine)
+        except ValueError as error:  # both know their options as those of the run's target
+            said = str(error).replace(OWN_CODE, "")
+            raise ValueError(re.sub(r"\btarget\.(?=path|dtype)", "proposer.", said)) from error
         check_same_tokenizer(self.target.tokenizer, loaded.tokenizer, path)
-        return loaded.model
+        return draft
 
     @property
     def assistant(self) -> PreTrainedModel:

@@ -31,7 +31,8 @@ class Eagle3(FromLogits):
     """Drafts with an EAGLE-3 head.
 
     heads        file of a head, the name of one in the zoo, or a folder or hub id of another project's
-    temperature, top_k  of the draft's laws, where the tree draws from them; top_k=0: the whole vocabulary
+    temperature  of the draft's laws
+    top_k        of those that the tree draws from; 0: the whole vocabulary
 
     Its cache holds rows of true hidden states only: what was drafted is forgotten, and the accepted path is
     read anew with what the target held there.

@@ -169,7 +169,7 @@ class Eagle3Info:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Eagle3Info:
-        """From a file's metadata. TypeError: not all of it is there, or more."""
+        """From a file's metadata. KeyError, TypeError: not all of it is there, or more."""
         return cls(**plain | {"config": Eagle3Config(**plain["config"])})
 
 
@@ -178,13 +178,16 @@ def save(path: Path, head: Eagle3Head, info: Eagle3Info) -> None:
     write_head(path, KIND, asdict(info), head.stored())
 
 
-def load(path: Path, target: HFTarget) -> tuple[Eagle3Head, Eagle3Info]:
-    """A native file's head on the target's device and dtype. ValueError: damaged, or for another target."""
-    plain, tensors = read_head(path, KIND)
-    info = Eagle3Info.of(plain)
+def load(path: Path, target: HFTarget, key: str = "proposer.heads") -> tuple[Eagle3Head, Eagle3Info]:
+    """A native file's head on the target's device and dtype. ValueError: damaged, or for another target.
+
+    key  the override that named the file, for the error
+    """
+    info, tensors = read_head(path, KIND, Eagle3Info.of, key)
     with torch.device("meta"):
         head = Eagle3Head(info.config)
-    check_head(path, KIND, info, tensors, {n: tuple(t.shape) for n, t in head.stored().items()}, target)
+    expected = {name: tuple(t.shape) for name, t in head.stored().items()}
+    check_head(path, KIND, info, tensors, expected, target, key)
     return ready(head, tensors, target), info
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,26 +25,41 @@ def write_head(path: Path, kind: str, info: dict[str, Any], tensors: dict[str, T
     save_tensors({n: t.contiguous() for n, t in half.items()}, path, {kind: json.dumps(info)})
 
 
-def read_head(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_head` wrote. ValueError: damaged, or not of this kind."""
+def read_head(
+    path: Path, kind: str, info_of: Callable[[dict[str, Any]], Any] = dict, key: str = "proposer.heads"
+) -> tuple[Any, dict[str, Tensor]]:
+    """What `write_head` wrote. ValueError: damaged, or not of this kind.
+
+    info_of  makes the info of its fields
+    key      the override that named the file, for the error
+    """
     try:
         with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {})[kind])
+            info = info_of(json.loads((file.metadata() or {})[kind]))
             return info, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"proposer.heads={path} is no file of {kind} heads ({error}); train one: "
+            f"{key}={path} is no file of {kind} heads ({error}); train one: "
             f"python -m specdec.train head={kind}"
         ) from error
 
 
 def check_head(
-    path: Path, kind: str, info: Any, tensors: dict[str, Tensor], expected: Shapes, target: HFTarget
+    path: Path,
+    kind: str,
+    info: Any,
+    tensors: dict[str, Tensor],
+    expected: Shapes,
+    target: HFTarget,
+    key: str = "proposer.heads",
 ) -> None:
-    """ValueError unless the head was trained for this target, with the tensors expected, and is finite."""
+    """ValueError unless the head was trained for this target, with the tensors expected, and is finite.
+
+    key  as of `read_head`
+    """
     if problem := _problem(info, tensors, expected, target):
         raise ValueError(
-            f"{path.name} {problem}; choose heads trained for this target with proposer.heads=FILE, "
+            f"{path.name} {problem}; choose heads trained for this target with {key}=FILE, "
             f"or train some: python -m specdec.train head={kind}"
         )
 

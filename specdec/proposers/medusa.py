@@ -36,7 +36,8 @@ class Medusa(FromLogits):
     """Drafts with Medusa or Hydra heads, whichever the file holds.
 
     heads        file of heads, or the name of one in the zoo; or a folder or hub id of another project's
-    temperature, top_k  of the draft's laws, where the tree draws from them; top_k=0: the whole vocabulary
+    temperature  of the draft's laws
+    top_k        of those that the tree draws from; 0: the whole vocabulary
     """
 
     needs_hidden: ClassVar = ("final",)

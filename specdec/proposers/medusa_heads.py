@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +128,17 @@ class MedusaHeads(nn.Module):
         write_head(path, KIND, asdict(info), self.state_dict() | {"tokens_U": self.tokens_U.int()})
 
     @classmethod
-    def load(cls, path: Path, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo]:
-        """Heads on the target's device and dtype. ValueError: no heads, damaged, or for another target."""
-        plain, tensors = read_head(path, KIND)
-        info = _info(path, plain)
+    def load(
+        cls, path: Path, target: HFTarget, key: str = "proposer.heads"
+    ) -> tuple[MedusaHeads, MedusaInfo]:
+        """Heads on the target's device and dtype. ValueError: no heads, damaged, or for another target.
+
+        key  the override that named the file, for the error
+        """
+        info, tensors = read_head(path, KIND, lambda plain: MedusaInfo(**plain), key)
         # Files need not have their vocabulary in order; which tokens it has is what is checked.
         ordered = {n: t.sort().values if n == "tokens_U" else t for n, t in tensors.items()}
-        check_head(path, KIND, info, ordered, _shapes(info, tensors, target), target)
+        check_head(path, KIND, info, ordered, _shapes(info, tensors, target), target, key)
         tokens_U = tensors["tokens_U"].long().to(target.device)
         parts = {"root": "root_KDD" in tensors, "hydra": "path_PDD" in tensors}
         heads = cls(info.heads, target.lm_head[tokens_U], tokens_U, **parts)
@@ -145,16 +149,6 @@ class MedusaHeads(nn.Module):
 def _before(J: int) -> int:
     """Squares of all heads that read fewer than J drafted tokens."""
     return J * (J - 1) // 2
-
-
-def _info(path: Path, plain: dict[str, Any]) -> MedusaInfo:
-    try:
-        return MedusaInfo(**plain)
-    except TypeError as error:
-        raise ValueError(
-            f"proposer.heads={path} is no file of {KIND} heads ({error}); train one: "
-            f"python -m specdec.train head={KIND}"
-        ) from error
 
 
 def _shapes(info: MedusaInfo, tensors: dict[str, Tensor], target: HFTarget) -> Shapes:

@@ -56,6 +56,8 @@ class WithLookup(Proposer):
             raise ValueError(
                 f"proposer.chances is {chances}, expected probabilities above 0: proposer.chances=[0.2,0.5]"
             )
+        if not 0 < sure <= 1:
+            raise ValueError(f"proposer.sure is {sure}, expected a probability above 0: proposer.sure=0.7")
         if not 2 <= nodes <= most:
             raise ValueError(
                 f"proposer.nodes={nodes}, most={most}: expected 2 <= nodes <= most: "

@@ -46,7 +46,7 @@ class DraftLMRecipe(HeadRecipe):
         return _trainable(DraftHead(target, self._source(target)).drafting(target, tokens_U))
 
     def begun(self, target: HFTarget, path: Path, texts: Texts) -> DraftHead:
-        head, info = load(path, target)
+        head, info = load(path, target, "head.start")
         expect_shape(path, {"source": info.source}, {"source": self._source(target)})
         tokens_U = texts.most_said(target.vocab, self.vocab, head.tokens_U)
         return _trainable(head.drafting(target, tokens_U))

@@ -73,7 +73,7 @@ class Eagle3Recipe(HeadRecipe):
         return _borrowing(head, target)
 
     def begun(self, target: HFTarget, path: Path, texts: Texts) -> Eagle3Head:
-        there, _ = load(path, target)
+        there, _ = load(path, target, "head.start")
         expect_shape(path, {name: getattr(there.config, name) for name in VARIANT}, self._variant)
         expect_shape(path, {"layers": there.config.taps}, {"layers": self._layers(target)})
         tokens_U = there.tokens_U

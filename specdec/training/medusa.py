@@ -55,7 +55,7 @@ class MedusaRecipe(HeadRecipe):
         return heads.to(target.device)
 
     def begun(self, target: HFTarget, path: Path, texts: Texts) -> MedusaHeads:
-        there, info = MedusaHeads.load(path, target)
+        there, info = MedusaHeads.load(path, target, "head.start")
         shape = {"heads": info.heads, "root": there.root_KDD is not None, "hydra": there.hydra}
         expect_shape(path, shape, {name: getattr(self, name) for name in shape})
         head = self.new(target, texts.most_said(target.vocab, self.vocab, there.tokens_U))

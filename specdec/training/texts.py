@@ -23,14 +23,12 @@ class TextBatch:
 
     tokens_ST  int64
     next_ST    int64: the token that follows each
-    real_ST    bool: not padding
     said_ST    bool: the target said what follows, so its law there is on its own text
     hidden     each tap [S, T, D], bfloat16
     """
 
     tokens_ST: Tensor
     next_ST: Tensor
-    real_ST: Tensor
     said_ST: Tensor
     hidden: dict[Tap, Tensor]
 
@@ -141,7 +139,6 @@ class Texts:
         return TextBatch(
             _side_by_side(tokens, T).to(target.device),
             _side_by_side(following, T).to(target.device),
-            real_ST.to(target.device),
             (real_ST & (at_T >= prompts_S1 - 1)).to(target.device),
             dict(zip(self.taps, by_tap, strict=True)),
         )

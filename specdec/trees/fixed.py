@@ -100,6 +100,11 @@ class TopK(Fixed):
             raise ValueError(
                 f"tree.widths is {list(self.widths)}, expected counts of 1 or more: tree.widths=[4,2,1]"
             )
+        if (levels := len(self.widths)) > self.depth:
+            raise ValueError(
+                f"tree.widths is {list(self.widths)}, {levels} levels, tree.depth is {self.depth}: "
+                f"tree.depth={levels}, or fewer widths"
+            )
 
     @property
     def chain(self) -> bool:
