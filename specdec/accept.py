@@ -95,8 +95,9 @@ class Coupled(Match):
     """Match, beside drafts that add the noise of the target's draws to their own laws.
 
     Gumbel coupling (Daliri et al. 2408.07978), here of trees: their nodes are the tokens most likely to win
-    the target's race (2506.05632 has lists of them). A draft that is the target is always right, at any
-    temperature.
+    the target's race (2506.05632 has lists of them). A draft that is the target is always right, however that
+    is sampled. Only proposers with laws (`Grown`) are told, and take these for the target's: leave
+    proposer.temperature at 1.
     """
 
     coupled = True

@@ -94,7 +94,6 @@ class Plan:
 
 def prepare(cfg: DictConfig) -> Plan:
     """Everything of a run but its model. ValueError for what can be refused without one."""
-    check_arguments(Settings, {"chat": cfg.data.chat}, "data.")
     settings = Settings(**_checked(Settings, cfg), chat=cfg.data.chat)
     sampling = Sampling(**_checked(Sampling, cfg))
     tree, accept, hardware = (make(cfg[name], cfg.allow) for name in ("tree", "accept", "hardware"))
@@ -240,6 +239,7 @@ def load_conversations(cfg: DictConfig) -> list[Conversation]:
     """The prompts of `data`."""
     from omegaconf import open_dict
 
+    check_arguments(Settings, {"chat": cfg.data.chat}, "data.")
     node = copy.deepcopy(cfg.data)
     with open_dict(node):
         node.pop("chat")

@@ -32,7 +32,7 @@ class Sequence:
     slot     its place in the caches
     draft    what the proposer keeps of it
     history  (drafted depth, accepted) of every step
-    coupling temperature of the target's draws, where the draft may know their noise; else 0
+    coupling how the target is sampled, where the draft may know the noise of its draws
     """
 
     request: int
@@ -43,7 +43,7 @@ class Sequence:
     slot: int = 0
     draft: Any = None
     history: list[tuple[int, int]] = field(default_factory=list)
-    coupling: float = 0.0
+    coupling: Sampling | None = None
     prompt_len: int = field(init=False)
     done: bool = field(init=False, default=False)
 
@@ -143,9 +143,9 @@ def decode(
     """
     clock = clock or Clock(target.device)
     clock.lap("host")
-    if accept.coupled:
-        for seq in seqs:
-            seq.coupling, seq.rng = sampling.temperature, seq.rng.kept()
+    for seq in seqs:
+        seq.coupling = sampling if accept.coupled and sampling.temperature else None
+        seq.rng = seq.rng.kept() if seq.coupling else seq.rng
     prefill(target, proposer, seqs)
     clock.lap("prefill")
     step: Step = partial(host_step, target, proposer, accept, sampling, clock)

@@ -85,7 +85,7 @@ def obstacle(proposer: Proposer, accept: Rule, seqs: list[Sequence]) -> str | No
         return f"{kind.__name__} changes what its drafts on the device leave as it was"
     if not _same_author(tree, "grow_on_device", "grow", "levels"):
         return f"{tree.__name__} changes what its growth on the device leaves as it was"
-    if first.coupling:
+    if first.coupling is not None:
         return "coupled drafts are told by the host what the target's draws are"
     if not isinstance(first.rng, Philox) or any(s.rng != first.rng for s in seqs):
         return "the sequences do not share one seed of Philox"

@@ -125,7 +125,8 @@ def _read_prompts(file: Path, settings: dict[str, Any]) -> list[str]:
     for name, new in settings.items():
         if (old := known.get(name, "unknown")) != new:
             raise ValueError(
-                f"{file} was written with {name}={old!r}, not {new!r}: give the same, or another out=FOLDER"
+                f"{file} was written with {name}={old!r}, not {new!r}: give the same, delete it, or "
+                "give another out=FOLDER"
             )
     return known["prompts"]
 

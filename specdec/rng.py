@@ -17,7 +17,8 @@ from specdec_kernels.philox import Purpose, blocks, counter, open_unit, philox, 
 from .transfer import to_device
 
 ROUND = 1024  # a kept row has a multiple of so many numbers, and serves every support
-ROWS = 16  # of positions: more than a draft has levels
+ROWS = 64  # of positions: more than a draft has levels
+FEW = 512  # tokens whose numbers cost less than a row that may never be used
 
 
 class Key(NamedTuple):
@@ -38,7 +39,7 @@ class Rng(ABC):
 
     @abstractmethod
     def uniforms(self, key: Key, support_S: Tensor) -> Tensor:
-        """float32 [S]: one number in (0, 1) for each token id of the support, which is in ascending order."""
+        """float32 [S]: one number in (0, 1) for each token id of the support."""
 
     def coin(self, num: float, den: float, key: Key) -> bool:
         """True with probability min(1, num / den); False where both are 0."""
@@ -50,8 +51,8 @@ class Rng(ABC):
 
     def noise(self, support_S: Tensor, key: Key) -> Tensor:
         """float32 [S]: the Gumbel noise that a draw adds to these tokens' log-weights to take the largest."""
-        u_V = self.uniforms(key, torch.arange(int(support_S.max()) + 1, device=support_S.device))
-        return -torch.log(-torch.log1p(-u_V[support_S]))
+        u_S = self.uniforms(key, support_S) if len(support_S) else torch.empty(0)
+        return -torch.log(-torch.log1p(-u_S))
 
     def draw(self, weights_V: Tensor, key: Key) -> int:
         """A token with probability proportional to its weight."""
@@ -75,11 +76,14 @@ class Philox(Rng):
         return Kept(self.seed)
 
     def uniforms(self, key: Key, support_S: Tensor) -> Tensor:
-        vocab = int(support_S[-1]) + 1
-        if vocab < 4 * len(support_S):  # a block serves four tokens: here the whole row costs less
+        vocab = int(support_S.max()) + 1
+        if self._takes_row(key, vocab, len(support_S)):
             return self._row(key, vocab, support_S.device)[support_S]
         words_S4 = blocks(self.seed, support_S >> 2, *counter(*key))
         return open_unit(words_S4.gather(1, (support_S & 3).unsqueeze(1)).squeeze(1))
+
+    def _takes_row(self, key: Key, vocab: int, support: int) -> bool:
+        return vocab < 4 * support  # a block serves four tokens: here the whole row costs less
 
     def _row(self, key: Key, vocab: int, device: torch.device) -> Tensor:
         """float32 [V] or longer."""
@@ -92,12 +96,17 @@ class Kept(Philox):
 
     _rows: dict[Key, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def _takes_row(self, key: Key, vocab: int, support: int) -> bool:
+        return key in self._rows or support > FEW
+
     def _row(self, key: Key, vocab: int, device: torch.device) -> Tensor:
-        if len(self._rows.get(key, ())) < vocab:
-            self._rows[key] = super()._row(key, -(-vocab // ROUND) * ROUND, device)
-        if len(self._rows) > ROWS:
+        kept_V = self._rows.pop(key, None)  # and put in again, as the latest
+        if kept_V is None or len(kept_V) < vocab:
+            kept_V = super()._row(key, -(-vocab // ROUND) * ROUND, device)
+        if len(self._rows) == ROWS:
             del self._rows[next(iter(self._rows))]
-        return self._rows[key]
+        self._rows[key] = kept_V
+        return kept_V
 
 
 @dataclass(frozen=True)

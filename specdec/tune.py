@@ -71,7 +71,7 @@ def check_tunable(plan: Plan) -> None:
             f"proposer={names['proposer']} leaves no tree to a policy: proposer=medusa, or ngram, draft_lm"
         )
     if not isinstance(plan.accept, Match | Greedy):
-        raise ValueError(f"accept={names['accept']} is not predicted: accept=match or accept=greedy")
+        raise ValueError(f"accept={names['accept']} is not predicted: accept=match, coupled or greedy")
     if plan.settings.batch_size != 1:
         raise ValueError(f"batch_size is {plan.settings.batch_size}, tuning takes one sequence: batch_size=1")
 

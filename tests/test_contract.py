@@ -172,6 +172,9 @@ def test_neighbours_change_nothing(
     alone = answers(proposer, SAMPLED, ALONE, judge)
     assert answers(proposer, SAMPLED, TOGETHER, judge) == alone
     assert answers(proposer, SAMPLED, BACKWARDS, judge) == alone
+    if isinstance(judge, Match):
+        want, stop_ids = plain_answers(SAMPLED)
+        assert answers(proposer, SAMPLED, TOGETHER, judge, stop_ids) == want
 
 
 @every_pair

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import GREEDY, PROMPTS, SAMPLED, requests, run, tiny_model
 
-from specdec.accept import Block, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
+from specdec.accept import Block, Coupled, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
 from specdec.cache import DeviceCache
 from specdec.engine import Engine, Graphs
 from specdec.loading import random_model
@@ -21,6 +21,7 @@ LOOP = sys.modules["specdec.decode"]  # `specdec.decode` is the function
 CASES = {
     "greedy": (Greedy(), GREEDY, TopK(depth=3, widths=(2, 2, 1))),
     "match": (Match(), SAMPLED, TopK(depth=3, widths=(2, 2, 1))),
+    "coupled": (Coupled(), SAMPLED, TopK(depth=3, widths=(2, 2, 1))),
     "recursive": (Recursive(), SAMPLED, Sampled(depth=3, widths=(3, 2, 1))),
     "rejection": (Rejection(), SAMPLED, Sampled(depth=3, widths=(1, 1, 1))),
     "block": (Block(), SAMPLED, Sampled(depth=3, widths=(1, 1, 1))),

@@ -100,11 +100,17 @@ class Grown(Proposer):
 
 def _coupled(seq: Sequence, tree: TokenTree, nodes: list[int], laws: list[DraftLaw]) -> list[DraftLaw]:
     """The laws at these nodes, with what the draft may know of the target's draws there."""
-    if not seq.coupling:
+    if seq.coupling is None:
         return laws
-    depth_N = tree.depth_N
-    pairs = zip(nodes, laws, strict=True)
-    return [law.coupled(seq.stream, depth_N[node], seq.coupling) for node, law in pairs]
+    depth_N, noise = tree.depth_N, {}
+    for node, law in zip(nodes, laws, strict=True):
+        place = depth_N[node], id(law.tokens_K)
+        if place not in noise:  # siblings speak of the same tokens
+            noise[place] = seq.stream.noise_at(law.known_K, depth_N[node])
+    return [
+        law.coupled(noise[depth_N[node], id(law.tokens_K)], seq.coupling)
+        for node, law in zip(nodes, laws, strict=True)
+    ]
 
 
 def _resume(growth: Growth, laws: list[DraftLaw] | None) -> tuple[TokenTree, list[int]]:

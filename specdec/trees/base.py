@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..rng import Stream, StreamBatch
+from ..sampling import Sampling
 from ..tree import TokenTree, TreeBatch
 from .device import DeviceDraft
 
@@ -38,6 +39,13 @@ class DraftLaw:
     tokens_K: Tensor | None = None
     _top: list[tuple[int, float]] = field(default_factory=list)
 
+    @property
+    def known_K(self) -> Tensor:
+        """int64: the tokens it speaks of."""
+        if self.tokens_K is not None:
+            return self.tokens_K
+        return torch.arange(len(self.logq_K), device=self.logq_K.device)
+
     def top(self, k: int) -> list[tuple[int, float]]:
         """The k most likely tokens with their log-probabilities, as far as there is support."""
         k = min(k, len(self.logq_K))
@@ -47,16 +55,16 @@ class DraftLaw:
             self._top = list(zip(tokens_K.tolist(), logp_K.tolist(), strict=True))
         return [pair for pair in self._top[:k] if pair[1] > -torch.inf]
 
-    def coupled(self, stream: Stream, depth: int, temperature: float) -> DraftLaw:
-        """What the target says `depth` tokens below the root, as far as the noise of its draw there tells.
+    def coupled(self, noise_K: Tensor, sampling: Sampling) -> DraftLaw:
+        """What the target says here, as far as the noise of its draw tells.
 
-        It takes the largest of logits / temperature + noise, and this law's own are guesses of those logits.
+        Of the tokens that `sampling` leaves it takes the largest of logits / temperature + noise, and these
+        log-probabilities are guesses of those logits.
         """
-        tokens_K = torch.arange(self.vocab, device=self.logq_K.device)
-        tokens_K = tokens_K if self.tokens_K is None else self.tokens_K
-        if not len(tokens_K):
+        if not len(noise_K):
             return self
-        logq_K = self.logq_K + temperature * stream.noise_at(tokens_K, depth)
+        left_K = sampling.law(self.logq_K) > 0
+        logq_K = (self.logq_K + sampling.temperature * noise_K).masked_fill(~left_K, -torch.inf)
         return DraftLaw(logq_K.log_softmax(-1), self.vocab, self.tokens_K)
 
     def q(self) -> Tensor:

@@ -103,7 +103,7 @@ class TopK(Fixed):
         if (levels := len(self.widths)) > self.depth:
             raise ValueError(
                 f"tree.widths is {list(self.widths)}, {levels} levels, tree.depth is {self.depth}: "
-                f"tree.depth={levels}, or fewer widths"
+                f"tree.depth={levels}, or tree.widths={list(self.widths[: self.depth])}"
             )
 
     @property
