@@ -49,7 +49,7 @@ def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seed": 4}, r"prompts.seed=0, not 4: give the same, or another out=FOLDER"),
+        ({"seed": 4}, r"prompts.seed=0, not 4: give the same, delete it, or give another out=FOLDER"),
         ({"longest": 9}, r"prompts.message_tokens=8, not 9"),
         ({"beginnings": ["ab", "x"]}, r"prompts.beginnings of message 1='', not 'x'"),
         ({"batch": 3}, r"messages begun \(prompts.written, prompts.batch\)=2, not 3"),
