@@ -180,8 +180,14 @@ def test_a_draft_with_another_tokenizer(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("proposer.path=nowhere", r"^proposer.path=nowhere: expected a causal LM.*; set proposer.path="),
-        ("proposer.path=nowhere proposer.dtype=fp16", r"^proposer.dtype=fp16: .*; set proposer.dtype=auto"),
+        (
+            "proposer.path=no/such/one",
+            r"^proposer.path=no/such/one: expected a causal LM.*; set proposer.path=",
+        ),
+        (
+            "proposer.path=no/such/one proposer.dtype=fp16",
+            r"^proposer.dtype=fp16: .*; set proposer.dtype=auto",
+        ),
         ("proposer.path=odd", r"^proposer.path=odd: .*set proposer.path=ID_OR_FOLDER\)$"),
         ("proposer.path=mamba", r"can't be rolled back .*choose another proposer.path"),
     ],
