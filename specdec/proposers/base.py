@@ -102,15 +102,13 @@ def _coupled(seq: Sequence, tree: TokenTree, nodes: list[int], laws: list[DraftL
     """The laws at these nodes, with what the draft may know of the target's draws there."""
     if seq.coupling is None:
         return laws
-    depth_N, noise = tree.depth_N, {}
+    depth_N, noise, told = tree.depth_N, {}, []
     for node, law in zip(nodes, laws, strict=True):
         place = depth_N[node], id(law.tokens_K)
         if place not in noise:  # siblings speak of the same tokens
             noise[place] = seq.stream.noise_at(law.known_K, depth_N[node])
-    return [
-        law.coupled(noise[depth_N[node], id(law.tokens_K)], seq.coupling)
-        for node, law in zip(nodes, laws, strict=True)
-    ]
+        told.append(law.coupled(noise[place], seq.coupling))
+    return told
 
 
 def _resume(growth: Growth, laws: list[DraftLaw] | None) -> tuple[TokenTree, list[int]]:
