@@ -75,12 +75,7 @@ def write_prompts(
     ValueError: a batch there is damaged, or was written with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {
-        folder / f"prompts-{first:06d}.json": {
-            i: beginnings[i % len(beginnings)] for i in range(first, min(first + batch, count))
-        }
-        for first in range(0, count, batch)
-    }
+    asked = _beginnings(folder, count, beginnings, batch)
     settings = {file: _settings(target, seed, longest, starts) for file, starts in asked.items()}
     written = {file: _read_prompts(file, settings[file]) for file in asked if file.exists()}
     missing = [file for file in asked if file not in written]
@@ -103,6 +98,15 @@ def write_prompts(
             f"{len(texts) - len(kept)} of them were there already"
         )
     return kept
+
+
+def _beginnings(folder: Path, count: int, beginnings: list[str], batch: int) -> dict[Path, dict[int, str]]:
+    """The first words of each batch's messages, by their numbers, under the batch's file."""
+    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+    return {
+        folder / f"prompts-{numbers[0]:06d}.json": {i: beginnings[i % len(beginnings)] for i in numbers}
+        for numbers in batches
+    }
 
 
 def _settings(target: HFTarget, seed: int, longest: int, starts: dict[int, str]) -> dict[str, Any]:
