@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, cycle
-from statistics import median
+from statistics import mean, median
 from typing import ClassVar
 
 from torch import Tensor
@@ -216,12 +216,15 @@ class Stopwatch(Proposer):
 def draft_seconds(
     e: Experiment, requests: list[Request], trees: list[TreePolicy], rounds: int
 ) -> dict[int, float]:
-    """Median seconds of drafting with trees of different depths, by depth."""
+    """Seconds of drafting with trees of different depths, by depth.
+
+    The median; the mean where a tree looks how far to go, as its levels differ from step to step.
+    """
     watch, asked = Stopwatch(e.proposer, trees), cycle(requests)
     while min(map(len, watch.seconds)) < WARM_UP + rounds:
         steps_and_tokens(LoopArm(e, watch, e.accept), e, next(asked))
-    seconds = [median(each[WARM_UP:]) for each in watch.seconds]
-    return {tree.depth: each for tree, each in zip(trees, seconds, strict=True)}
+    timed = zip(trees, (each[WARM_UP:] for each in watch.seconds), strict=True)
+    return {tree.depth: (median if tree.length == "fixed" else mean)(seconds) for tree, seconds in timed}
 
 
 @dataclass(frozen=True)

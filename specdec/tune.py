@@ -1,13 +1,14 @@
-"""python -m specdec.tune data=... proposer=... tree=sequoia [overrides]: the fastest tree on this machine.
+"""python -m specdec.tune data=... proposer=... [overrides]: the fastest tree on this machine.
 
-It measures how often the draft is right and what a step costs, says which size of the tree should be fastest,
-and checks that on prompts it has not looked at. Take prompts that no run will report.
+It measures how often the draft is right and what a step costs, says which tree of which size should be
+fastest, and checks that on prompts it has not looked at. Take prompts that no run will report.
 """
 
 import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -32,7 +33,7 @@ from .trees import BestFirst, Sequoia, TreePolicy
 from .tuning import Tuning, tune
 from .ui import screen
 
-OURS = ("data", "tree", "skip", "prompts", "search", "out", "ui")
+OURS = ("data", "tree", "tree@beside", "beside", "skip", "prompts", "search", "out", "ui")
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> Path:
@@ -41,31 +42,56 @@ def run(cfg: DictConfig, overrides: list[str]) -> Path:
     screen(cfg.ui)  # ValueError: there is no such one
     console = Console(quiet=cfg.ui == "none")
     search, plan = make(cfg.search, cfg.allow), prepare(cfg)
+    trees = [plan.tree, *beside(cfg)]
     check_tunable(plan)
     calibration, held_back = halves(plan.conversations, cfg.skip, cfg.prompts)
     e = replace(plan.load(), conversations=calibration + held_back)
     check_lengths(e)
     requests = [turn_of(e.target.tokenizer, c, 0, {}, e.settings.chat) for c in calibration]
-    tuning = tune(e, requests, plan.tree, search, lambda line: console.print(f"{line} ...", highlight=False))
-    console.print(table(tuning))
+    tunings = tune(e, requests, trees, search, lambda line: console.print(f"{line} ...", highlight=False))
+    tuning = tunings[0]
+    for each in tunings:
+        console.print(table(each, each is tuning))
     console.print(f"checking it on {len(held_back)} other prompts ...", highlight=False)
     summary = check(e, held_back, tuning.tree)
     console.print("\n".join(verdict(tuning, summary)), highlight=False)
-    file = write(cfg, tuning, summary)
-    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in OURS]
-    words = ["python", "-m", "specdec.run", "--config-dir", str(cfg.out), *kept, "tree=tuned"]
-    console.print(f"tree: {file}\nuse it: {shlex.join(words)}", highlight=False, soft_wrap=True)
+    node = dict(cfg.tree if tuning.asked is plan.tree else cfg.beside)
+    node |= {key: getattr(tuning.tree, key) for key in node if hasattr(tuning.tree, key)}
+    file = write(Path(cfg.out), node, tunings, summary)
+    command = shlex.join(["python", "-m", "specdec.run", *words(cfg.out, overrides, node)])
+    console.print(f"tree: {file}\nuse it: {command}", highlight=False, soft_wrap=True)
     return file
+
+
+def words(out: str, overrides: list[str], node: dict[str, Any]) -> list[str]:
+    """What a run is told to take the tuned tree, of these keys, and all else that was asked for."""
+    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in OURS]
+    told = ["--config-dir", str(out), *kept, "tree=tuned"]
+    if any(word.startswith("experiment=") for word in kept):  # it may set keys of whatever tree there is
+        told += [f"tree.{key}={value}" for key, value in node.items() if _is_plain(key, value)]
+    return told
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    return not key.startswith("_") and isinstance(value, int | float | str)
+
+
+def beside(cfg: DictConfig) -> list[TreePolicy]:
+    """The tree that is tried beside tree=, unless beside=null. ValueError: it can't be tuned."""
+    if not cfg.beside:
+        return []
+    try:
+        tree = make(cfg.beside, cfg.allow)
+    except ValueError as error:  # a tree knows its options as those of the run's tree
+        raise ValueError(str(error).replace("tree.", "beside.")) from error
+    check_tree(tree, type(tree).__name__, "tree@beside")
+    return [tree]
 
 
 def check_tunable(plan: Plan) -> None:
     """ValueError for what has no size to tune, or what the prediction does not hold for."""
-    tree, names = plan.tree, plan.names
-    if not isinstance(tree, Sequoia | BestFirst) or tree.draws:
-        drawn = " that draws" if tree.draws else ""
-        raise ValueError(
-            f"tree={names['tree']}{drawn} is not tuned: tree=sequoia, tree=eagle2 or tree=best_first"
-        )
+    names = plan.names
+    check_tree(plan.tree, names["tree"], "tree")
     if not issubclass(plan.make_proposer.func, Grown):
         raise ValueError(
             f"proposer={names['proposer']} leaves no tree to a policy: proposer=medusa, or ngram, draft_lm"
@@ -74,6 +100,20 @@ def check_tunable(plan: Plan) -> None:
         raise ValueError(f"accept={names['accept']} is not predicted: accept=match, coupled or greedy")
     if plan.settings.batch_size != 1:
         raise ValueError(f"batch_size is {plan.settings.batch_size}, tuning takes one sequence: batch_size=1")
+
+
+def check_tree(tree: TreePolicy, name: str, group: str) -> None:
+    """ValueError for a tree without a size to tune, or whose tokens can't be predicted."""
+    if not isinstance(tree, Sequoia | BestFirst) or tree.draws:
+        drawn = " that draws" if tree.draws else ""
+        raise ValueError(
+            f"{group}={name}{drawn} is not tuned: {group}=sequoia, {group}=eagle2 or {group}=best_first"
+        )
+    if isinstance(tree, Sequoia) and tree.length != "fixed":
+        raise ValueError(
+            f"{group}={name} with length={tree.length} is not predicted, a static tree has one length: "
+            f"{group.rpartition('@')[2]}.length=fixed, or {group}=best_first"
+        )
 
 
 def halves(
@@ -96,15 +136,16 @@ def check(e: Experiment, conversations: list[Conversation], tree: TreePolicy) ->
         return measure(replace(e, conversations=conversations, settings=settings))[0]
 
 
-def table(tuning: Tuning) -> Table:
-    """The best depth for every number of nodes; the fastest is marked."""
-    shown = Table("nodes", "depth", "tokens\n/step", "ms\n/step", "speedup", "", title="predicted")
+def table(tuning: Tuning, best_of_all: bool) -> Table:
+    """The best depth for every number of nodes; the fastest size is marked where the tree is the fastest."""
+    title = f"{type(tuning.asked).__name__}, predicted"
+    shown = Table("nodes", "depth", "tokens\n/step", "ms\n/step", "speedup", "", title=title)
     best: dict[int, Size] = {}
     for size in tuning.sizes:
         best.setdefault(size.nodes, size)
     for size in sorted(best.values(), key=lambda size: size.nodes):
         numbers = f"{size.tokens:.2f}", f"{1e3 * size.seconds:.1f}", f"{tuning.speedup(size):.2f}x"
-        mark = "fastest" if size is tuning.sizes[0] else ""
+        mark = "fastest" if best_of_all and size is tuning.sizes[0] else ""
         shown.add_row(str(size.nodes), str(size.depth), *numbers, mark)
     return shown
 
@@ -126,23 +167,29 @@ def _times(ratio: float | None) -> str:
     return "n/a" if ratio is None else f"{ratio:.2f}x"
 
 
-def write(cfg: DictConfig, tuning: Tuning, summary: dict) -> Path:
+def write(out: Path, node: dict[str, Any], tunings: list[Tuning], summary: dict) -> Path:
     """OUT/tree/tuned.yaml, a choice of the group `tree`, and OUT/tuning.json with everything measured."""
-    file = Path(cfg.out) / "tree" / "tuned.yaml"
+    file = out / "tree" / "tuned.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    node = {key: getattr(tuning.tree, key, value) for key, value in cfg.tree.items()}
     write_text(yaml.safe_dump(node, sort_keys=False, default_flow_style=None), file)
     measured = {
-        "plain_seconds": tuning.plain,
-        "verify_seconds": tuning.verify,
+        "plain_seconds": tunings[0].plain,
+        "verify_seconds": tunings[0].verify,
+        "trees": [_measured(tuning) for tuning in tunings],
+        "check": summary,
+    }
+    write_text(json_text(measured, indent=1) + "\n", out / "tuning.json")
+    return file
+
+
+def _measured(tuning: Tuning) -> dict[str, Any]:
+    return {
+        "tree": type(tuning.asked).__name__,
         "draft_seconds": tuning.draft,
         "acceptance": tuning.acceptance and asdict(tuning.acceptance),
         "sizes": [asdict(size) for size in tuning.sizes],
         "tokens_per_step": tuning.tokens,
-        "check": summary,
     }
-    write_text(json_text(measured, indent=1) + "\n", Path(cfg.out) / "tuning.json")
-    return file
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="tune")

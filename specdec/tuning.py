@@ -1,4 +1,4 @@
-"""Which size of a tree is fastest, from what its drafts are worth and what its steps cost.
+"""Which tree is fastest, and at which size, from what its drafts are worth and what its steps cost.
 
 Shapes: K depths, R ranks among siblings.
 """
@@ -99,8 +99,9 @@ class DynamicSizes:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was found.
+    """What was found of one kind of tree.
 
+    asked          the policy whose size was looked for
     plain          seconds of a step of plain decoding
     verify, draft  seconds by nodes and by depth
     acceptance     what a static tree was made for; a dynamic one has none
@@ -109,6 +110,7 @@ class Tuning:
     tokens         its tokens per step, by what says so
     """
 
+    asked: TreePolicy
     plain: float
     verify: dict[int, float]
     draft: dict[int, float]
@@ -123,22 +125,47 @@ class Tuning:
 
 
 def tune(
-    e: Experiment, requests: list[Request], tree: TreePolicy, search: Search, say: Callable[[str], None]
-) -> Tuning:
-    """Find the fastest size of `tree` for an experiment's target and proposer; `say` hears what is next."""
+    e: Experiment,
+    requests: list[Request],
+    trees: list[TreePolicy],
+    search: Search,
+    say: Callable[[str], None],
+) -> list[Tuning]:
+    """The fastest size of each tree for an experiment's target and proposer, the fastest tree first.
+
+    `say` hears what is next.
+    """
     say(f"timing steps of 1 to {max(search.nodes)} nodes")
     verify = verify_seconds(e, requests, [1, *search.nodes], search.rounds)
+    plain = verify.pop(1)
+    tunings = [_tune_one(e, requests, tree, search, plain, verify, say) for tree in trees]
+    return sorted(tunings, key=lambda tuning: tuning.sizes[0].seconds_per_token)
+
+
+def _tune_one(
+    e: Experiment,
+    requests: list[Request],
+    tree: TreePolicy,
+    search: Search,
+    plain: float,
+    verify: dict[int, float],
+    say: Callable[[str], None],
+) -> Tuning:
+    name, depths = type(tree).__name__, _depths(tree, search)
     if isinstance(tree, Sequoia):
-        say(f"following the draft through {len(requests)} answers")
+        say(f"{name}: following the draft through {len(requests)} answers")
         kind = StaticSizes(e, requests, tree, search)
     else:
         kind = DynamicSizes(e, requests, tree)
-    say(f"timing drafts of {', '.join(map(str, search.depths))} levels")
-    largest = [kind.sized(max(search.nodes), depth) for depth in search.depths]
-    draft = draft_seconds(e, requests, largest, search.rounds)
-    say(f"trying {len(search.nodes)} sizes at {len(search.depths)} depths")
-    plain = verify.pop(1)
+    say(f"{name}: timing drafts of {', '.join(map(str, depths))} levels")
+    draft = draft_seconds(e, requests, [kind.sized(max(search.nodes), d) for d in depths], search.rounds)
+    say(f"{name}: trying {len(search.nodes)} sizes at {len(depths)} depths")
     found = sizes(verify, draft, kind.tokens)
     fastest = found[0]
     chosen, tokens = kind.sized(fastest.nodes, fastest.depth), kind.models(fastest)
-    return Tuning(plain, verify, draft, kind.acceptance, found, chosen, tokens)
+    return Tuning(tree, plain, verify, draft, kind.acceptance, found, chosen, tokens)
+
+
+def _depths(tree: TreePolicy, search: Search) -> list[int]:
+    """A tree that looks how far to go needs only to be told how far it may."""
+    return search.depths if tree.length == "fixed" else [max(search.depths)]

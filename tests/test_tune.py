@@ -1,13 +1,8 @@
 """What is measured of a draft against slow references and the loop; the tuned tree as a run takes it."""
 
-import re
-import shlex
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from models import (
@@ -22,7 +17,6 @@ from models import (
     untrained_heads,
 )
 
-from specdec import config
 from specdec.accept import Match
 from specdec.arms import Experiment, LoopArm, Settings
 from specdec.calibrate import (
@@ -31,7 +25,6 @@ from specdec.calibrate import (
     Acceptance,
     Padding,
     Ranks,
-    Size,
     draft_seconds,
     loop_tokens_per_step,
     ranks_along,
@@ -39,18 +32,14 @@ from specdec.calibrate import (
     sizes,
     verify_seconds,
 )
-from specdec.config import load_config, make
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_lm import DraftLM, first_layers
 from specdec.proposers.medusa import Medusa
 from specdec.proposers.ngram import NGram
 from specdec.proposers.none import NoDraft
-from specdec.run import main as run_main
 from specdec.sampling import Sampling
 from specdec.text import Request
 from specdec.trees import BestFirst, Chain, Eagle2, Sequoia, Static, TopK, best_paths, expected_length
-from specdec.tune import halves, run
-from specdec.tune import main as tune_main
 from specdec.tuning import Search, tune
 
 REQUESTS = [Request(f"{n}/0", n, str(n), 0, "", ids) for n, ids in enumerate(PROMPTS)]
@@ -209,7 +198,7 @@ def test_the_tree_that_is_found_is_of_the_fastest_size(
     tree: Sequoia | BestFirst, proposers: dict[str, Proposer]
 ) -> None:
     e, said = experiment(proposers["draft_lm"]), []
-    tuning = tune(e, REQUESTS, tree, SMALL, said.append)
+    [tuning] = tune(e, REQUESTS, [tree], SMALL, said.append)
     fastest = tuning.sizes[0]
     assert (tuning.tree.nodes, tuning.tree.depth) == (fastest.nodes, fastest.depth)
     assert fastest.tokens == pytest.approx(loop_tokens_per_step(e, REQUESTS, tuning.tree))
@@ -222,104 +211,18 @@ def test_the_tree_that_is_found_is_of_the_fastest_size(
 
 def test_a_deep_tree_is_found_for_a_draft_that_is_always_right(proposers: dict[str, Proposer]) -> None:
     kind = {"nodes": [4], "depths": [1, 3], "branches": 2, "rounds": 1}
-    tuning = tune(experiment(proposers["always right"]), IN_CYCLE, Sequoia(), Search(**kind), lambda _: None)
+    e = experiment(proposers["always right"])
+    [tuning] = tune(e, IN_CYCLE, [Sequoia()], Search(**kind), lambda _: None)
     assert {(s.nodes, s.depth): s.tokens for s in tuning.sizes} == {(4, 1): 2, (4, 3): 4}
     assert tuning.tokens == pytest.approx(dict.fromkeys(tuning.tokens, tuning.sizes[0].tokens))
 
 
-BASE = ["target=random", "proposer=draft_lm", "proposer.layers=1", "data=demo", "data.categories=[maths]"]
-BASE += ["max_new_tokens=12", "prompts=4", "search.rounds=2", "search.nodes=[2,4]", "search.depths=[1,2]"]
-
-
-@pytest.mark.parametrize("tree", ["sequoia", "eagle2", "best_first"])
-def test_a_run_takes_the_tuned_tree_by_the_command_that_is_printed(
-    tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = [*BASE, f"tree={tree}", f"out={tmp_path / 'tuned'}"]
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("sys.argv", ["tune", *asked])
-    tune_main()
-    shown = capsys.readouterr().out
-    assert "fastest" in shown
-    assert re.search(r"tokens per step: measured \d", shown)
-    assert re.search(r"decode speedup: predicted [\d.]+x, measured [\d.]+x", shown)
-    [line] = [line for line in shown.splitlines() if line.startswith("use it: ")]
-    python, _, module, *words = shlex.split(line.removeprefix("use it: "))
-    assert (python, module) == ("python", "specdec.run")
-    monkeypatch.setattr("sys.argv", ["run", *words, "data.limit=1", f"out={tmp_path / 'run'}", "ui=none"])
-    run_main()
-    node = yaml.safe_load((tmp_path / "tuned" / "tree" / "tuned.yaml").read_text())
-    used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert used["tree"] == node
-    assert used["proposer"]["layers"] == 1
-    policy = make(node)
-    assert (policy.nodes, policy.depth) in {(2, 1), (4, 1), (4, 2)}
-    assert {"plain_seconds", "sizes", "check"} <= set(
-        yaml.safe_load((tmp_path / "tuned" / "tuning.json").read_text())
-    )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["tree=chain"], r"tree=chain is not tuned: tree=sequoia, tree=eagle2 or tree=best_first"),
-        (["tree.draws=true", "temperature=1"], r"tree=sequoia that draws is not tuned"),
-        (["proposer=none"], r"proposer=none leaves no tree to a policy: proposer=medusa"),
-        (["accept=typical"], r"accept=typical is not predicted: accept=match"),
-        (["batch_size=2"], r"batch_size is 2, tuning takes one sequence: batch_size=1"),
-        (["search.nodes=[1]"], r"search.nodes is \[1\], expected counts from 2 on: search.nodes=\[2,4\]"),
-        (["search.depths=[]"], r"search.depths is \[\], expected counts from 1 on"),
-        (["search.rounds=0"], r"search.rounds is 0, expected 1 or more: search.rounds=8"),
-        (
-            ["search.nodes=[2,4]", "search.depths=[4,6]"],
-            r"search.nodes is \[2, 4\] and search.depths is \[4, 6\], expected a depth below a number of "
-            r"nodes: search.nodes=\[5\] or search.depths=\[3\]",
-        ),
-        (["threads=0"], r"threads is 0, expected 1 or more, or null .*: threads=2"),
-        (["threads=two"], r"threads is 'two', expected 1 or more"),
-        (["ui=jason"], r"ui=jason: expected one of .*; the nearest is ui=json"),
-        (["skip=9"], r"skip=9 and prompts=4 leave 1 of 10 conversations, expected 2 or more"),
-        (["skip=-1"], r"skip=-1 and prompts=4"),
-    ],
-)
-def test_what_cannot_be_tuned_is_said_before_a_model_is_loaded(
-    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(*_: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(config, "_load_once", load)
-    base = [word for word in BASE if "proposer=none" not in overrides or not word.startswith("proposer.")]
-    with pytest.raises(ValueError, match=message):
-        run(load_config([*base, f"out={tmp_path}", "ui=none", *overrides], "tune"), [])
-
-
-def test_commands_with_options_of_hydra_s_are_left_to_hydra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tree").mkdir()
-    (tmp_path / "tree" / "tuned.yaml").write_text("_target_: specdec.trees.Sequoia\n")
-    words = ["--config-dir", str(tmp_path), *BASE, "tree=tuned", "skip=-1", f"out={tmp_path / 'out'}"]
-    monkeypatch.setattr("sys.argv", ["tune", *words])
-    with pytest.raises(SystemExit, match=r"^specdec: skip=-1 and prompts=4 leave"):
-        tune_main()
-
-
-def test_prompts_are_asked_for_and_never_both_measured_and_checked() -> None:
-    with pytest.raises(ValueError, match=r"You must specify 'data'.*gsm8k"):
-        load_config(["target=random"], "tune")
-    conversations = config.load_conversations(load_config(["data=demo"]))
-    calibration, held_back = halves(conversations, skip=3, prompts=7)
-    assert [c.id for c in calibration] == [c.id for c in conversations[3:10:2]]
-    assert [c.id for c in held_back] == [c.id for c in conversations[4:10:2]]
-    assert all(len(c.turns) == 1 for c in calibration + held_back)
-
-
-def test_the_command_in_the_first_comment_composes() -> None:
-    line = (Path(config.conf_dir()) / "tune.yaml").read_text().splitlines()[0]
-    sharp, python, flag, module, *words = line.split()
-    assert (sharp, python, flag, module) == ("#", "python", "-m", "specdec.tune")
-    cfg = load_config(words, "tune")
-    search = make(cfg.search)
-    assert (search.branches, search.rounds) == (Search([2], [1]).branches, Search([2], [1]).rounds)
-    assert Size(2, 1, 1.5, 3.0).seconds_per_token == 2
+def test_the_fastest_of_several_trees_comes_first(proposers: dict[str, Proposer]) -> None:
+    trees = [Sequoia(), BestFirst(length="confidence")]
+    tunings = tune(experiment(proposers["always right"]), IN_CYCLE, trees, SMALL, lambda _: None)
+    assert sorted(type(tuning.asked).__name__ for tuning in tunings) == ["BestFirst", "Sequoia"]
+    each = [tuning.sizes[0].seconds_per_token for tuning in tunings]
+    assert each == sorted(each)
+    by_confidence = next(tuning for tuning in tunings if isinstance(tuning.asked, BestFirst))
+    assert {size.depth for size in by_confidence.sizes} == {max(SMALL.depths)}
+    assert by_confidence.tree.length == "confidence"
