@@ -1,11 +1,13 @@
 """Whether an arm said what plain decoding says, and how near a tie it was where it did not.
 
 In fp32 answers are identical. In 16 bits the last bits of a verify and of a one-token forward differ, so a
-near tie may fall the other way: it is counted, while anything beyond the measured noise is a bug.
+near tie may fall the other way: it is counted, while anything beyond the measured noise is a bug. At a
+temperature the tie is one of logits and the draw's noise together. Shapes: V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,8 @@ from torch import Tensor
 from .accept import Match
 from .decode import Sequence
 from .records import RequestRecord
-from .rng import Philox
+from .rng import Philox, Stream
+from .text import Request
 from .tree import TokenTree
 
 if TYPE_CHECKING:
@@ -27,20 +30,24 @@ NOISE_QUANTILE = 0.999
 TOP = 10  # logits of a position that enter the noise
 AUDITED = 8  # answers that differ, at most, whose tokens are audited
 
+Scores = Callable[[Tensor, int], Tensor]  # of logits [V] and a position: [V], of which the largest is said
+
 
 def compare(
     e: Experiment,
     method: list[RequestRecord],
     plain: list[RequestRecord] | None,
-    prompts: dict[str, list[int]],
+    requests: dict[str, Request],
 ) -> dict:
     """The `lossless` entry of a summary.
 
     rule         whether the rule is lossless, or "synthetic"
     identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own
                  at a temperature, a lossy rule, no plain decoding)
-    divergences  request, index of the first other token, gap between the target's two best logits there
-    audit        of the answers that differ, the first few: `audit_answers`; None where none do
+    divergences  request, index of the first other token, gap between the two best of the target's logits
+                 there, or of what its draw compares
+    audit        of the answers that differ, the first few: `audit_answers`; None where none do, or where
+                 top_p or top_k decides, too, which tokens can be drawn
     """
     same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
     if not same_text or not plain:
@@ -49,28 +56,52 @@ def compare(
     said = {r.request: r.tokens for r in plain if r.repeat == 0}
     answers = {r.request: r.tokens for r in method if r.repeat == 0}
     differ = {q: first_difference(tokens, said[q]) for q, tokens in answers.items() if tokens != said[q]}
+    texts = {q: Text.of(e, requests[q], answers[q]) for q in differ}
     divergences = [
-        {"request": q, "index": i, "top2_gap": top2_gap(e.target, prompts[q] + said[q][:i])}
+        {"request": q, "index": i, "top2_gap": top2_gap(e.target, texts[q], said[q][:i])}
         for q, i in differ.items()
     ]
-    greedy = e.sampling.temperature == 0
-    texts = [(prompts[q], answers[q]) for q in differ][:AUDITED] if greedy else []
+    whole = e.sampling.temperature == 0 or (e.sampling.top_p == 1 and e.sampling.top_k == 0)
+    audited = list(texts.values())[:AUDITED] if whole else []
     return {
         "rule": True,
         "identical": len(answers) - len(differ),
         "divergences": divergences,
-        "audit": audit_answers(e.target, texts) if texts else None,
+        "audit": audit_answers(e.target, audited) if audited else None,
     }
+
+
+@dataclass(frozen=True)
+class Text:
+    """An answer, and what its tokens must be the largest of."""
+
+    prompt: list[int]
+    tokens: list[int]
+    scores: Scores = lambda logits_V, position: logits_V
+
+    @classmethod
+    def of(cls, e: Experiment, request: Request, tokens: list[int]) -> Text:
+        temperature, rng = e.sampling.temperature, Philox(e.settings.seed)
+        if temperature == 0:
+            return cls(request.ids, tokens)
+
+        def drawn(logits_V: Tensor, position: int) -> Tensor:
+            every_V = torch.arange(len(logits_V), device=logits_V.device)
+            noise_V = Stream(rng, request.number, 0, position).noise_at(every_V, depth=0)
+            return logits_V + temperature * noise_V
+
+        return cls(request.ids, tokens, drawn)
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def top2_gap(target: HFTarget, tokens: list[int]) -> float:
-    """Gap between the two largest logits that one-token decoding gives after `tokens`."""
-    seq = _begin(target, tokens, len(tokens) - 1)
-    best, second = _decode_one(target, seq, tokens[-1]).topk(2).values.tolist()
+def top2_gap(target: HFTarget, text: Text, before: list[int]) -> float:
+    """Gap between the two largest scores that one-token decoding gives behind the prompt and `before`."""
+    tokens = text.prompt + before
+    logits_V = _decode_one(target, _begin(target, tokens, len(tokens) - 1), tokens[-1])
+    best, second = text.scores(logits_V, len(tokens)).topk(2).values.tolist()
     return best - second
 
 
@@ -84,22 +115,25 @@ class Audit:
     bound: float
 
 
-def audit(target: HFTarget, prompt: list[int], tokens: list[int], bound: float) -> Audit:
-    """Teacher-force `tokens` through one-token decoding; every gap to the argmax must lie within `bound`."""
-    rows = decode_logits(target, prompt, tokens)
-    gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, tokens, strict=True)]
+def audit(target: HFTarget, text: Text, bound: float) -> Audit:
+    """Teacher-force a text through one-token decoding; every gap to the largest must lie within `bound`."""
+    rows = [
+        text.scores(logits_V, len(text.prompt) + i)
+        for i, logits_V in enumerate(decode_logits(target, text.prompt, text.tokens))
+    ]
+    gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, text.tokens, strict=True)]
     beyond = [(i, gap) for i, gap in enumerate(gaps) if gap > bound]
-    return Audit(len(tokens), sum(0 < gap <= bound for gap in gaps), beyond, bound)
+    return Audit(len(text.tokens), sum(0 < gap <= bound for gap in gaps), beyond, bound)
 
 
-def audit_answers(target: HFTarget, texts: list[tuple[list[int], list[int]]]) -> dict:
-    """Greedy answers (prompt, tokens) against one-token decoding, with the noise measured on the same texts.
+def audit_answers(target: HFTarget, texts: list[Text]) -> dict:
+    """Answers against one-token decoding, with the noise measured on the same texts.
 
-    near_ties  tokens that are not its argmax, yet within `bound` of it
+    near_ties  tokens that are not what it would say, yet within `bound` of it
     beyond     tokens that no noise explains: the loop, the cache or the kernel is wrong
     """
     bound = noise_bound(target, texts)
-    audits = [audit(target, prompt, tokens, bound) for prompt, tokens in texts]
+    audits = [audit(target, text, bound) for text in texts]
     return {
         "answers": len(audits),
         "tokens": sum(a.tokens for a in audits),
@@ -109,14 +143,12 @@ def audit_answers(target: HFTarget, texts: list[tuple[list[int], list[int]]]) ->
     }
 
 
-def noise_bound(target: HFTarget, texts: list[tuple[list[int], list[int]]], nodes: int = 8) -> float:
+def noise_bound(target: HFTarget, texts: list[Text], nodes: int = 8) -> float:
     """4 times the 99.9th percentile of |verify - decode| over the top logits at each token of the answers."""
     differences = []
-    for prompt, tokens in texts:
-        decoded, verified = (
-            decode_logits(target, prompt, tokens),
-            verify_logits(target, prompt, tokens, nodes),
-        )
+    for text in texts:
+        decoded = decode_logits(target, text.prompt, text.tokens)
+        verified = verify_logits(target, text.prompt, text.tokens, nodes)
         for one_V, tree_V in zip(decoded, verified, strict=True):
             top = one_V.topk(min(TOP, len(one_V))).indices
             differences.append((one_V[top] - tree_V[top]).abs())

@@ -84,7 +84,7 @@ def summarise(experiment: Experiment, records: list[RequestRecord]) -> dict:
         header=header,
         split=profile(e),
         price_per_hour=e.hardware.price_per_hour,
-        lossless=compare(e, method, by_arm["none"], _prompts(e, records)),
+        lossless=compare(e, method, by_arm["none"], _asked(e, records)),
     )
 
 
@@ -103,10 +103,10 @@ def profile(experiment: Experiment) -> dict[str, float]:
     return {part: 1e3 * clock.parts[part] / steps for part in PARTS}
 
 
-def _prompts(e: Experiment, records: list[RequestRecord]) -> dict[str, list[int]]:
-    """Token ids of every request's prompt."""
+def _asked(e: Experiment, records: list[RequestRecord]) -> dict[str, Request]:
+    """Every request by its id."""
     said = _said_plainly(records)
-    return {r.id: r.ids for _, turn, chunk in _groups(e) for r in _requests(e, chunk, turn, said)}
+    return {r.id: r for _, turn, chunk in _groups(e) for r in _requests(e, chunk, turn, said)}
 
 
 def _groups(e: Experiment) -> Iterator[tuple[int, int, list[Conversation]]]:

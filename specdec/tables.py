@@ -232,7 +232,7 @@ def _divergences(found: list[dict], requests: str) -> str:
 
 def _audited(audit: dict | None) -> str:
     if audit is None:
-        return "; draws are not audited: in 16 bits some fall the other way, in float32 none may"
+        return "; under top_p and top_k draws are not audited: in 16 bits some differ, in float32 none may"
     checked = (
         f"; of {audit['tokens']} tokens in {audit['answers']} of them, {audit['near_ties']} are near ties"
     )

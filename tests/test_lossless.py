@@ -12,13 +12,23 @@ from specdec.arms import Experiment, Settings
 from specdec.config import as_target, check_combination
 from specdec.data import Conversation
 from specdec.loading import random_model
-from specdec.lossless import audit, compare, decode_logits, first_difference, noise_bound, verify_logits
+from specdec.lossless import (
+    Text,
+    audit,
+    compare,
+    decode_logits,
+    first_difference,
+    noise_bound,
+    verify_logits,
+)
 from specdec.measure import measure
 from specdec.proposers.draft_lm import DraftLM
 from specdec.proposers.ngram import NGram
 from specdec.records import RequestRecord
+from specdec.rng import Philox, Stream
 from specdec.sampling import Sampling
 from specdec.target import HFTarget
+from specdec.text import turn_of
 from specdec.tree import TokenTree
 from specdec.trees import Chain, Sampled, Static, TopK, TreePolicy
 
@@ -45,15 +55,20 @@ def test_answers_in_float32_are_identical(sampling: Sampling) -> None:
     assert summary["lossless"] == {"rule": True, "identical": len(TALKS), "divergences": [], "audit": None}
 
 
-def test_a_wrong_token_is_reported_with_its_place_and_gap() -> None:
-    e = experiment(Match(), Sampling())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_wrong_token_is_reported_with_its_place_and_gap(temperature: float) -> None:
+    e = experiment(Match(), Sampling(temperature))
     _, records = measure(e)
     method, plain = ([r for r in records if r.arm == arm] for arm in ("method", "none"))
-    prompts = {r.request: list(f"say {r.conversation[1:]}".encode()) for r in method}
+    asked = {r.id: r for r in (turn_of(e.target.tokenizer, c, 0, {}) for c in TALKS)}
     wrong = [changed(r, 7) if r.request == "c1/0" else r for r in method]
-    found = compare(e, wrong, plain, prompts)
-    logits_V = decode_logits(e.target, prompts["c1/0"], plain[1].tokens)[7]
-    best, second = logits_V.topk(2).values.tolist()
+    found = compare(e, wrong, plain, asked)
+    logits_V = decode_logits(e.target, asked["c1/0"].ids, plain[1].tokens)[7]
+    position = len(asked["c1/0"].ids) + 7
+    noise_V = Stream(Philox(e.settings.seed), asked["c1/0"].number, 0, position).noise_at(
+        torch.arange(256), 0
+    )
+    best, second = (logits_V + temperature * noise_V).topk(2).values.tolist()
     assert plain[1].request == "c1/0"
     assert found["identical"] == 2
     assert found["divergences"] == [
@@ -63,6 +78,17 @@ def test_a_wrong_token_is_reported_with_its_place_and_gap() -> None:
     assert found["audit"]["tokens"] == 12
     assert found["audit"]["answers"] == 1
     assert found["audit"]["beyond"] >= 1
+
+
+def test_draws_pass_the_audit_that_are_plain_decodings() -> None:
+    e = experiment(Match(), Sampling(temperature=0.8))
+    _, records = measure(e)
+    said = {r.request: r.tokens for r in records if r.arm == "method"}
+    for request in (turn_of(e.target.tokenizer, c, 0, {}) for c in TALKS):
+        audited = audit(e.target, Text.of(e, request, said[request.id]), bound=1e-4)
+        assert (audited.tokens, audited.near_ties, audited.beyond) == (12, 0, [])
+        greedy = audit(e.target, Text(request.ids, said[request.id]), bound=1e-4)
+        assert greedy.beyond  # by the logits alone other tokens would have been said
 
 
 def changed(record: RequestRecord, index: int) -> RequestRecord:
@@ -87,13 +113,13 @@ def test_the_audit_tells_near_ties_from_wrong_tokens() -> None:
     seqs = requests([PROMPT], 12)
     run(NGram(target, Chain()), seqs)
     said = seqs[0].new_tokens
-    clean = audit(target, PROMPT, said, bound=1e-4)
+    clean = audit(target, Text(PROMPT, said), bound=1e-4)
     assert (clean.tokens, clean.near_ties, clean.beyond) == (12, 0, [])
     second = int(decode_logits(target, PROMPT, said)[11].topk(2).indices[1])
     gap = float(decode_logits(target, PROMPT, said)[11].topk(2).values.diff().abs())
-    near = audit(target, PROMPT, [*said[:11], second], bound=2 * gap)
+    near = audit(target, Text(PROMPT, [*said[:11], second]), bound=2 * gap)
     assert (near.near_ties, near.beyond) == (1, [])
-    beyond = audit(target, PROMPT, [*said[:11], second], bound=gap / 2)
+    beyond = audit(target, Text(PROMPT, [*said[:11], second]), bound=gap / 2)
     assert beyond.near_ties == 0
     assert beyond.beyond == [(11, pytest.approx(gap, abs=1e-4))]
 
@@ -117,7 +143,7 @@ def reference() -> HFTarget:
 
 
 def test_noise_is_next_to_nothing_in_float32_and_more_in_bfloat16() -> None:
-    texts = [([7, 8, 9], list(range(10, 40)))]
+    texts = [Text([7, 8, 9], list(range(10, 40)))]
     exact, rough = (noise_bound(bytes_target(dtype), texts) for dtype in ("float32", "bfloat16"))
     assert 0 <= exact < 1e-3
     assert rough > 10 * exact
