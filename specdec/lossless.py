@@ -107,10 +107,14 @@ def top2_gap(target: HFTarget, text: Text, before: list[int]) -> float:
 
 @dataclass(frozen=True)
 class Audit:
-    """Emitted tokens against one-token decoding: those tied away within the noise, and those not."""
+    """Emitted tokens against one-token decoding: those tied away within the noise, and those not.
+
+    widest  gap of the near ties
+    """
 
     tokens: int
     near_ties: int
+    widest: float
     beyond: list[tuple[int, float]]
     bound: float
 
@@ -123,13 +127,14 @@ def audit(target: HFTarget, text: Text, bound: float) -> Audit:
     ]
     gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, text.tokens, strict=True)]
     beyond = [(i, gap) for i, gap in enumerate(gaps) if gap > bound]
-    return Audit(len(text.tokens), sum(0 < gap <= bound for gap in gaps), beyond, bound)
+    ties = [gap for gap in gaps if 0 < gap <= bound]
+    return Audit(len(gaps), len(ties), max(ties, default=0.0), beyond, bound)
 
 
 def audit_answers(target: HFTarget, texts: list[Text]) -> dict:
     """Answers against one-token decoding, with the noise measured on the same texts.
 
-    near_ties  tokens that are not what it would say, yet within `bound` of it
+    near_ties  tokens that are not what it would say, yet within `bound` of it; `widest`, how far at most
     beyond     tokens that no noise explains: the loop, the cache or the kernel is wrong
     """
     bound = noise_bound(target, texts)
@@ -138,6 +143,7 @@ def audit_answers(target: HFTarget, texts: list[Text]) -> dict:
         "answers": len(audits),
         "tokens": sum(a.tokens for a in audits),
         "near_ties": sum(a.near_ties for a in audits),
+        "widest": max(a.widest for a in audits),
         "beyond": sum(len(a.beyond) for a in audits),
         "bound": bound,
     }

@@ -118,7 +118,7 @@ def test_the_audit_tells_near_ties_from_wrong_tokens() -> None:
     second = int(decode_logits(target, PROMPT, said)[11].topk(2).indices[1])
     gap = float(decode_logits(target, PROMPT, said)[11].topk(2).values.diff().abs())
     near = audit(target, Text(PROMPT, [*said[:11], second]), bound=2 * gap)
-    assert (near.near_ties, near.beyond) == (1, [])
+    assert (near.near_ties, near.widest, near.beyond) == (1, pytest.approx(gap, abs=1e-4), [])
     beyond = audit(target, Text(PROMPT, [*said[:11], second]), bound=gap / 2)
     assert beyond.near_ties == 0
     assert beyond.beyond == [(11, pytest.approx(gap, abs=1e-4))]

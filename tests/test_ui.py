@@ -165,10 +165,10 @@ def test_lossless_line() -> None:
     ("beyond", "words"), [(0, "none lies beyond the noise"), (1, "1 LIE BEYOND the noise")]
 )
 def test_lossless_line_tells_near_ties_from_bugs(beyond: int, words: str) -> None:
-    audit = {"answers": 1, "tokens": 48, "near_ties": 2, "beyond": beyond, "bound": 0.31}
+    audit = {"answers": 1, "tokens": 48, "near_ties": 2, "widest": 0.25, "beyond": beyond, "bound": 0.31}
     found = {"rule": True, "identical": 69, "divergences": [{"request": "q", "index": 3, "top2_gap": 0.1}]}
     line = tables.lossless_line(summary(lossless={**found, "audit": audit}))
-    assert f"of 48 tokens in 1 of them, 2 are near ties and {words} (0.31)" in line
+    assert f"of 48 tokens in 1 of them, 2 are near ties, by 0.25 at most, and {words} (0.31)" in line
 
 
 def test_a_lossy_rule_is_labelled_everywhere() -> None:
