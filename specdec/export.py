@@ -29,10 +29,7 @@ def run(cfg: DictConfig) -> Path:
 def _file(heads: str | None) -> Path:
     if heads is None:
         raise ValueError("heads is null, expected a file, or the name of one in the zoo: heads=FILE")
-    try:
-        return zoo_file(str(heads))
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("proposer.")) from error
+    return zoo_file(str(heads), "heads")
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="export")

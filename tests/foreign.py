@@ -113,6 +113,13 @@ def right_state(c: Eagle3Config) -> dict[str, Tensor]:
     return state
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether states are equal in names, dtypes and bits."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
 def layer_config(c: Eagle3Config) -> dict[str, Any]:
     return {
         "hidden_act": "silu",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import write
+from foreign import same, write
 from models import ACCURACY, VOCAB, cyclic, cyclic_heads, requests, run, tiny, tokens_per_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,12 +56,6 @@ def vllm(folder: Path, native: dict[str, Tensor], **said: Any) -> str:
         tensors["medusa_heads.token_map"] = tokens_U
     plain = {"model_type": "medusa", "num_heads": K, "num_hidden_layers": 1, "vocab_size": VOCAB}
     return write(folder, plain | {"truncated_vocab_size": len(tokens_U)} | said, tensors, "model.safetensors")
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
 
 
 CASES = {
