@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.checkpoints.export import export
 from specdec.config import as_target
 from specdec.loading import fingerprint, random_model
-from specdec.proposers.eagle3_head import Eagle3Config
+from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Info
+from specdec.proposers.headfile import write_head
 from specdec.target import HFTarget
 from specdec.text import Bytes
 
@@ -225,3 +227,29 @@ def speculators(folder: Path, c: Eagle3Config, state: dict[str, Tensor], **said:
 
 
 DIALECTS = {"official": official, "SpecForge": specforge, "NVIDIA": nvidia, "speculators": speculators}
+
+# What heads of this project's are exported as.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+EXPORTED: dict[str, dict[str, Any]] = {
+    "3": {},
+    "3.1": {"fc_norm": True, "post_norm": True},
+    "normed residual": {"norm_before_residual": True},
+    "the target's LM head": {"shared_head": True},
+    "the whole vocabulary": {"draft_vocab": VOCAB},
+    "scaled positions": {"rope_parameters": LLAMA3},
+    "five layers": {"taps": (0, 1, 2, 4, 7)},
+}
+
+
+def native(path: Path, c: Eagle3Config) -> Path:
+    """A file of this project's with a random head for `shifting`."""
+    info = Eagle3Info(c, shifting().name, shifting().fingerprint, [[0.5]] * 4)
+    write_head(path, "eagle3", vars(info) | {"config": vars(c)}, random_state(c))
+    return path
+
+
+def exported(c: Eagle3Config, to: str, folder: Path, verifier: str = "someone/target") -> Path:
+    folder.mkdir(exist_ok=True)
+    export(native(folder / "head.safetensors", c), to, shifting(), folder / "out", verifier)
+    return folder / "out"

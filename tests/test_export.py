@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import IDS, TAPS, VOCAB, WIDTH, config, random_state, shifting
+from foreign import EXPORTED, IDS, TAPS, VOCAB, WIDTH, config, exported, native, random_state, shifting
 from models import tiny, untrained_heads
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from specdec import export as entry
 from specdec.checkpoints import export as exporting
@@ -19,45 +18,17 @@ from specdec.checkpoints.eagle3 import read_eagle3
 from specdec.checkpoints.export import FORMATS, export
 from specdec.checkpoints.medusa import read_medusa
 from specdec.config import load_config
-from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Info, load
-from specdec.proposers.headfile import write_head
 from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
-from specdec.training.eagle3 import unroll
-
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "3": {},
-    "3.1": {"fc_norm": True, "post_norm": True},
-    "normed residual": {"norm_before_residual": True},
-    "the target's LM head": {"shared_head": True},
-    "the whole vocabulary": {"draft_vocab": VOCAB},
-    "scaled positions": {"rope_parameters": LLAMA3},
-    "five layers": {"taps": (0, 1, 2, 4, 7)},
-}
-
-
-def native(path: Path, c: Eagle3Config) -> Path:
-    """A file of this project's with a random head for `shifting`."""
-    info = Eagle3Info(c, shifting().name, shifting().fingerprint, [[0.5]] * 4)
-    write_head(path, "eagle3", vars(info) | {"config": vars(c)}, random_state(c))
-    return path
-
-
-def exported(c: Eagle3Config, to: str, folder: Path, verifier: str = "someone/target") -> Path:
-    folder.mkdir(exist_ok=True)
-    export(native(folder / "head.safetensors", c), to, shifting(), folder / "out", verifier)
-    return folder / "out"
 
 
 def said(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EXPORTED)
 @pytest.mark.parametrize("to", ["speculators", "sglang"])
 def test_what_is_exported_reads_back_as_it_was(to: str, variant: str, tmp_path: Path) -> None:
-    c = config(**VARIANTS[variant])
+    c = config(**EXPORTED[variant])
     if to == "sglang" and variant in ("normed residual", "five layers"):
         with pytest.raises(ValueError, match=r"to=sglang: .*expected false and 3, .*: to=speculators"):
             exported(c, to, tmp_path)
@@ -92,36 +63,6 @@ def test_a_borrowed_lm_head_is_written_out(tmp_path: Path) -> None:
     c = config(shared_head=True)
     folder, rows_UD = exported(c, "sglang", tmp_path), shifting().lm_head[random_state(c)["tokens_U"].long()]
     assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], rows_UD)
-
-
-@pytest.fixture(scope="module")
-def verifier(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The target's own checkpoint, from which speculators takes what a head leaves out."""
-    folder = tmp_path_factory.mktemp("verifier")
-    shifting().model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_speculators_loads_and_runs_it_as_we_do(variant: str, verifier: str, tmp_path: Path) -> None:
-    """Every law of three unrolls, from its own model and its own loading of head and target."""
-    models = pytest.importorskip("speculators.models.eagle3", reason="needs the package speculators")
-    c = config(**VARIANTS[variant])
-    folder = exported(c, "speculators", tmp_path, verifier)
-    theirs_config = models.Eagle3SpeculatorConfig.from_pretrained(folder)
-    theirs_config.transformer_layer_config._attn_implementation = "eager"
-    theirs = models.Eagle3DraftModel.from_pretrained(folder, config=theirs_config).float()
-    assert theirs.target_layer_ids == list(c.taps)
-    got: list[Tensor] = []
-    theirs.lm_head.register_forward_hook(lambda module, args, out: got.append(out[0].detach()))
-    draw = torch.Generator().manual_seed(1)
-    tokens_T, taps_CTD = torch.arange(3, 19) % VOCAB, torch.randn(len(c.taps), 16, WIDTH, generator=draw)
-    taps_1TC = torch.cat(list(taps_CTD[:, :-1]), dim=-1).unsqueeze(0)
-    theirs(taps_1TC, tokens_T[1:].unsqueeze(0), torch.zeros(1, 15, dtype=torch.long), ttt_steps=3)
-    head, _ = load(tmp_path / "head.safetensors", shifting())
-    for i, out_1TD in enumerate(unroll(head, tokens_T.unsqueeze(0), head.fuse(taps_CTD.unsqueeze(1)), 3)):
-        rows = 15 - i
-        torch.testing.assert_close(got[i][:rows], head.logits(out_1TD)[0, :rows], atol=1e-3, rtol=1e-3)
 
 
 def medusa_file(path: Path, tokens: list[int], root: bool = False, hydra: bool = False) -> Path:
