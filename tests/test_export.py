@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import EXPORTED, IDS, TAPS, VOCAB, WIDTH, config, exported, native, random_state, shifting
-from models import tiny, untrained_heads
+from models import save_eagle, tiny, untrained_heads
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -17,8 +17,18 @@ from specdec.checkpoints import export as exporting
 from specdec.checkpoints.eagle3 import read_eagle3
 from specdec.checkpoints.export import FORMATS, export
 from specdec.checkpoints.medusa import read_medusa
-from specdec.config import load_config
+from specdec.config import as_target, load_config
+from specdec.loading import random_model
 from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
+from specdec.training.eagle3 import Eagle3Recipe
+
+
+def longrope(part: float) -> dict[str, Any]:
+    """Phi's positions for texts longer than it was first trained on; they turn a part of each head."""
+    factors = int(WIDTH // 4 * part) // 2
+    scaling = {"type": "longrope", "rope_type": "longrope", "original_max_position_embeddings": 1024}
+    scaling |= {"short_factor": [1.0] * factors, "long_factor": [2.0] * factors}
+    return {"rope_parameters": scaling | {"rope_theta": 1e4, "partial_rotary_factor": part}}
 
 
 def said(folder: Path) -> dict[str, Any]:
@@ -38,6 +48,29 @@ def test_what_is_exported_reads_back_as_it_was(to: str, variant: str, tmp_path: 
     assert reading.config == c
     assert reading.state.keys() == state.keys()
     assert all(torch.equal(reading.state[name], t) for name, t in state.items())
+
+
+ROTARY: dict[str, tuple[str, dict[str, Any], str]] = {
+    "whole": ("phi3", {}, "default"),
+    "whole, scaled": ("phi3", longrope(1.0), "longrope"),
+    "half": ("glm", {"head_dim": WIDTH // 4}, "default"),
+    "half, scaled": ("phi3", longrope(0.5), "default"),
+}
+
+
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("to", ["speculators", "sglang"])
+def test_a_head_trained_for_a_target_with_any_rotary_positions_is_exported(
+    to: str, rotary: str, tmp_path: Path
+) -> None:
+    architecture, settings, rope_type = ROTARY[rotary]
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 4}
+    target = as_target(random_model(architecture, sizes | settings, device="cpu"))
+    head = Eagle3Recipe(layers=(1, 2, 3)).new(target, torch.arange(VOCAB))
+    assert (head.rotary.rope_type, head.config.rope_parameters["rope_theta"]) == (rope_type, 1e4)
+    head.project(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, WIDTH), torch.arange(2)[None])
+    save_eagle(head, target, tmp_path / "head.safetensors")
+    export(tmp_path / "head.safetensors", to, target, tmp_path / "out", "someone/target")
 
 
 def test_sglang_gets_the_names_ids_and_offsets_that_it_reads(tmp_path: Path) -> None:

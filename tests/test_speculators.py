@@ -13,9 +13,7 @@ from torch import Tensor
 from specdec.proposers.eagle3_head import load
 from specdec.training.eagle3 import unroll
 
-models = pytest.importorskip(
-    "speculators.models.eagle3", reason="needs speculators: see the Makefile"
-)
+models = pytest.importorskip("speculators.models.eagle3", reason="needs speculators: see the Makefile")
 
 
 @pytest.fixture(scope="module")
