@@ -43,6 +43,7 @@ def test_converts_once_and_says_so(conversions: list[Path], capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
     assert len(conversions) == 1
     assert first.stop_ids == (1, 2)
+    assert (first.name, first.source) == ("SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "tokenizer.json", "manifest.json"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from foreign import EXPORTED, IDS, TAPS, VOCAB, WIDTH, config, exported, native, random_state, shifting
 from models import save_eagle, tiny, untrained_heads
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from specdec import export as entry
@@ -18,7 +18,7 @@ from specdec.checkpoints.eagle3 import read_eagle3
 from specdec.checkpoints.export import FORMATS, export
 from specdec.checkpoints.medusa import read_medusa
 from specdec.config import as_target, load_config
-from specdec.loading import random_model
+from specdec.loading import Loaded, random_model
 from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
 from specdec.training.eagle3 import Eagle3Recipe
 
@@ -178,18 +178,48 @@ def test_a_folder_in_use_and_a_file_of_another_kind_are_refused(tmp_path: Path) 
         export(tmp_path / "head.safetensors", "vllm-medusa", shifting(), tmp_path / "new", "")
 
 
-def test_the_command_writes_a_folder_that_names_its_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(entry, "load_target", lambda cfg: OmegaConf.create({"name": "shifting"}))
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Exports a head for a target that was loaded from `source`, and returns the folder."""
+    native(tmp_path / "head.safetensors", config())
     monkeypatch.setattr(entry, "as_target", lambda loaded: shifting())
-    file = native(tmp_path / "head.safetensors", config())
-    words = [f"heads={file}", f"out={tmp_path / 'out'}", "target=random"]
-    entry.run(load_config(words, "export"))
-    assert said(tmp_path / "out")["speculators_config"]["verifier"]["name_or_path"] == "shifting"
+
+    def run(source: str | None, *words: str) -> Path:
+        loaded = Loaded(shifting().model, None, "shifting", "", (), source)
+        monkeypatch.setattr(entry, "load_target", lambda cfg: loaded)
+        known = [f"heads={tmp_path / 'head.safetensors'}", f"out={tmp_path / 'out'}", "target=random"]
+        return entry.run(load_config([*known, *words], "export"))
+
+    return run
+
+
+def named(folder: Path) -> str:
+    return said(folder)["speculators_config"]["verifier"]["name_or_path"]
+
+
+def test_the_command_writes_a_folder_that_names_its_target(
+    command: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    assert named(command("someone/target")) == "someone/target"
     assert "the same, bit for bit" in capsys.readouterr().out
-    entry.run(load_config([*words, "to=sglang", f"out={tmp_path / 'other'}", "verifier=a/b"], "export"))
-    assert said(tmp_path / "other")["architectures"] == ["LlamaForCausalLMEagle3"]
+
+
+def test_a_verifier_that_is_named_is_found_from_anywhere(
+    command: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "target").mkdir()
+    assert named(command("a/b", "verifier=target", "out=folder")) == str(tmp_path / "target")
+    assert named(command("a/b", "verifier=c/d", "out=id")) == "c/d"
+
+
+def test_a_target_that_nobody_could_load_must_be_named_where_the_format_names_it(
+    command: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"^to=speculators .*random-llama is no hub id .*: verifier="):
+        command(None)
+    assert not (tmp_path / "out").exists()
+    assert said(command(None, "to=sglang"))["architectures"] == ["LlamaForCausalLMEagle3"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_pretrained_loads_model_tokenizer_and_every_stop_id(checkpoint: Path) -> None:
     loaded = pretrained(str(checkpoint), dtype="float32", device="cpu")
-    assert loaded.name == "tiny-llama"
+    assert (loaded.name, loaded.source) == ("tiny-llama", str(checkpoint))
     assert loaded.model.dtype == torch.float32
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
@@ -63,6 +63,12 @@ def test_pretrained_reads_pytorch_files_only_as_weights(checkpoint: Path) -> Non
 def test_pretrained_without_path() -> None:
     with pytest.raises(ValueError, match=r"^target=hf needs target\.path=ID_OR_FOLDER$"):
         pretrained(None)
+
+
+def test_a_relative_folder_is_found_from_anywhere(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    loaded = pretrained(".", device="cpu")
+    assert (loaded.name, loaded.source) == ("tiny-llama", str(checkpoint))
 
 
 def test_pretrained_of_nothing_names_the_override(tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_random_model_leaves_the_global_generator() -> None:
 
 def test_random_model_is_labelled_and_has_no_stop() -> None:
     loaded = random_model("qwen3", device="cpu")
-    assert loaded.name == "random-qwen3"
+    assert (loaded.name, loaded.source) == ("random-qwen3", None)
     assert loaded.fingerprint == f"random-{fingerprint(loaded.model)}"
     assert loaded.tokenizer is None
     assert loaded.stop_ids == ()

@@ -43,12 +43,13 @@ class Native:
     depths: int
 
 
-def export(file: Path, to: str, target: HFTarget, out: Path, verifier: str) -> None:
+def export(file: Path, to: str, target: HFTarget, out: Path, verifier: str | None) -> None:
     """Write the heads of a native file to the folder `out`.
 
     to        one of FORMATS
-    verifier  how the folder names the target: a hub id or a folder
-    ValueError: the file is no such head or another target's, or the format has no place for what it does
+    verifier  how the folder names the target: a hub id or a folder; None: it has no name
+    ValueError: the file is no such head or another target's, the format has no place for what it does, or it
+    names the target
     """
     kind, write, read = FORMATS[to]
     native = _native(file, kind, target)
@@ -79,8 +80,13 @@ def _check(reading: Reading, native: Native, out: Path) -> None:
         raise RuntimeError(f"{out} reads as {reading.name}, {reading.config}, not as what was exported")
 
 
-def speculators(native: Native, target: HFTarget, verifier: str) -> Written:
-    """The format of vllm-project/speculators, which vLLM serves."""
+def speculators(native: Native, target: HFTarget, verifier: str | None) -> Written:
+    """The format of vllm-project/speculators, which vLLM serves. ValueError: the target has no name."""
+    if verifier is None:
+        raise ValueError(
+            f"to=speculators says which target the heads are for, and {target.name} is no hub id or folder "
+            "that others could load: verifier=HUB_ID_OR_FOLDER"
+        )
     c: Eagle3Config = native.config
     greedy = {"proposal_type": "greedy", "speculative_tokens": max(1, native.depths)}
     config = {
@@ -106,7 +112,7 @@ def speculators(native: Native, target: HFTarget, verifier: str) -> Written:
     return config, {"embed_tokens.weight": target.embedding} | _eagle3_tensors(native, target, "layers.0.")
 
 
-def sglang(native: Native, target: HFTarget, verifier: str) -> Written:
+def sglang(native: Native, target: HFTarget, verifier: str | None) -> Written:
     """SpecForge's layout, which SGLang serves. ValueError: a variant that it does not have."""
     c: Eagle3Config = native.config
     if c.norm_before_residual or len(c.taps) != 3:
@@ -128,7 +134,7 @@ def sglang(native: Native, target: HFTarget, verifier: str) -> Written:
     return config, _eagle3_tensors(native, target, "midlayer.")
 
 
-def vllm_medusa(native: Native, target: HFTarget, verifier: str) -> Written:
+def vllm_medusa(native: Native, target: HFTarget, verifier: str | None) -> Written:
     """vLLM's Medusa. ValueError: heads that read tokens' embeddings, which it has no place for."""
     state, heads = native.state, native.config.heads
     if "root_KDD" in state:
@@ -201,7 +207,7 @@ def _dtype(native: Native) -> str:
     return str(next(t.dtype for t in native.state.values() if t.is_floating_point())).removeprefix("torch.")
 
 
-FORMATS: dict[str, tuple[str, Callable[[Native, HFTarget, str], Written], Callable[..., Reading]]] = {
+FORMATS: dict[str, tuple[str, Callable[[Native, HFTarget, str | None], Written], Callable[..., Reading]]] = {
     "speculators": (eagle3_head.KIND, speculators, lambda out, target: eagle3.read_eagle3(out, target)[0]),
     "sglang": (eagle3_head.KIND, sglang, lambda out, target: eagle3.read_eagle3(out, target)[0]),
     "vllm-medusa": (medusa.KIND, vllm_medusa, medusa.read_medusa),
