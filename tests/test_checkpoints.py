@@ -22,9 +22,13 @@ from foreign import (
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from specdec.checkpoints import is_checkpoint
 from specdec.checkpoints.eagle3 import eagle3_head, read_eagle3
+from specdec.config import as_target
+from specdec.loading import random_model
+from specdec.proposers.eagle3_head import Eagle3Config
 
 VARIANTS = {
     "3": {},
@@ -130,6 +134,30 @@ def test_what_only_copies_the_target_is_borrowed_and_the_rest_is_the_head_s_own(
     assert torch.equal(eagle3_head(read, target).embed_tokens.weight, 2 * target.embedding)
     none = {name: t for name, t in state.items() if name != "lm_head.weight"}
     assert read_eagle3(official(tmp_path / "c", c, none), target)[0].config.shared_head
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(200, 202), (202, 200)])
+def test_an_embedding_padded_otherwise_than_the_target_s_is_cut_or_padded(
+    rows: int, vocab: int, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": vocab, "num_hidden_layers": LAYERS}
+    target, c = as_target(random_model(config=sizes, device="cpu")), config(target_vocab=rows)
+    theirs, common = target.embedding, min(rows, vocab)
+
+    def read(name: str, embedding_VD: Tensor, c: Eagle3Config = c) -> dict[str, Tensor]:
+        state = random_state(c) | {"embed_tokens.weight": embedding_VD}
+        folder = official(tmp_path / name, c, state, target_hidden_size=WIDTH)
+        reading = read_eagle3(folder, target)[0]
+        assert eagle3_head(reading, target).embed_tokens.num_embeddings == vocab
+        return reading.state
+
+    copied = torch.cat([theirs, torch.ones(2, WIDTH)])[:rows]
+    assert "embed_tokens.weight" not in read("copied", copied)
+    expected = torch.cat([2 * copied[:common], theirs[common:]])
+    assert torch.equal(read("own", 2 * copied)["embed_tokens.weight"], expected)
+    narrow = torch.ones(rows, 48, dtype=torch.bfloat16)
+    padded = read("narrow", narrow, config(target_vocab=rows, width=48, heads=3))["embed_tokens.weight"]
+    assert torch.equal(padded, torch.cat([narrow[:common], torch.zeros(vocab - common, 48)]).bfloat16())
 
 
 def test_a_head_narrower_than_its_target_reads_its_own_embedding(tmp_path: Path) -> None:
