@@ -12,6 +12,7 @@ from foreign import (
     VOCAB,
     WIDTH,
     config,
+    deepspec,
     nvidia,
     official,
     random_state,
@@ -36,12 +37,14 @@ VARIANTS = {
     "normed residual": {"norm_before_residual": True},
     "a base of its own": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "five layers": {"taps": (1, 2, 4, 5, 7)},
+    "joint norm": {"norm_before_fc": True},
+    "Qwen3's layer": {"qk_norm": True},
 }
 # What a dialect's config has no place for.
 LACKS = {
     "official": {"fc_norm", "post_norm", "norm_before_residual", "rope_parameters", "taps"},
-    "SpecForge": {"norm_before_residual"},
-    "NVIDIA": {"fc_norm", "post_norm", "norm_before_residual", "rope_parameters"},
+    "SpecForge": {"norm_before_residual", "norm_before_fc"},
+    "NVIDIA": {"fc_norm", "post_norm", "norm_before_residual", "rope_parameters", "qk_norm"},
     "speculators": set(),
 }
 PAIRS = [(d, v) for d in DIALECTS for v in VARIANTS if not VARIANTS[v].keys() & LACKS[d]]
@@ -79,6 +82,16 @@ def test_layer_ids_are_inputs_or_outputs_as_their_dialect_has_them_and_then_the_
     assert read_eagle3(at_the_top, shifting())[0].name.startswith("vLLM")
     last = speculators(tmp_path / "last", config(taps=(1, 2, LAYERS - 1)), state)
     assert {r.config.taps for r in read_eagle3(last, shifting())} == {(1, 2, LAYERS - 1)}
+
+
+def test_deepspec_s_layers_are_outputs_and_its_embedding_and_lm_head_the_target_s(tmp_path: Path) -> None:
+    c = config(draft_vocab=VOCAB, taps=(1, 2, 4, 5, 7), qk_norm=True, shared_head=True)
+    state = random_state(c)
+    copies = {"embed_tokens.weight": shifting().embedding, "lm_head.weight": shifting().lm_head}
+    reading = read_eagle3(deepspec(tmp_path, c, state | copies), shifting())[0]
+    assert reading.config == c
+    assert same(reading.state, state)
+    assert reading.name.startswith("DeepSpec")
 
 
 def test_a_residual_or_a_feedback_in_doubt_is_read_both_ways(tmp_path: Path) -> None:

@@ -99,7 +99,11 @@ DAMAGE = {
         said(num_attention_heads=7),
         "config of a llama layer that makes none",
     ),
-    "joint norm": (said(norm_before_fc=True), "norms its layers' states together"),
+    "no joint norm": (said(norm_before_fc=True), r"input_norm.weight is missing, expected \(192,\)"),
+    "half of Qwen3's norms": (
+        changed(midlayer__self_attn__q_norm__weight=torch.ones(16)),
+        r"k_norm.weight is missing, expected \(16,\)",
+    ),
     "other method": (
         said(speculators_model_type="dflash"),
         "speculators head of type dflash, expected eagle3",

@@ -201,6 +201,8 @@ def _common(said: Said, state: State, target: HFTarget) -> dict[str, Any]:
         "rope_parameters": {key: value for key, value in c.rope_parameters.items() if key != "type"},
         "max_length": c.max_position_embeddings,
         "eps": c.rms_norm_eps,
+        "norm_before_fc": said.flags.get("norm_before_fc", False) or "input_norm.weight" in state,
+        "qk_norm": "self_attn.q_norm.weight" in state,
         "fc_norm": said.flags.get("fc_norm", False) or "fc_norm.0.weight" in state,
         "shared_head": "lm_head.weight" not in state,
     }

@@ -103,7 +103,7 @@ def speculators(native: Native, target: HFTarget, verifier: str | None) -> Writt
         "target_hidden_size": c.target_width if c.target_width != c.width else None,
         IDS: list(c.taps),
         "norm_before_residual": c.norm_before_residual,
-        "norm_before_fc": False,
+        "norm_before_fc": c.norm_before_fc,
         "fc_norm": c.fc_norm,
         "norm_output": c.post_norm,
         "torch_dtype": _dtype(native),
@@ -115,10 +115,12 @@ def speculators(native: Native, target: HFTarget, verifier: str | None) -> Writt
 def sglang(native: Native, target: HFTarget, verifier: str | None) -> Written:
     """SpecForge's layout, which SGLang serves. ValueError: a variant that it does not have."""
     c: Eagle3Config = native.config
-    if c.norm_before_residual or len(c.taps) != 3:
+    flags = {name: getattr(c, name) for name in ("norm_before_residual", "norm_before_fc", "qk_norm")}
+    if any(flags.values()) or len(c.taps) != 3:
+        has = ", ".join(f"{name}={value}" for name, value in flags.items())
         raise ValueError(
-            f"to=sglang: the head has norm_before_residual={c.norm_before_residual} and reads {len(c.taps)} "
-            "layers, expected false and 3, all that SGLang's EAGLE-3 knows: to=speculators"
+            f"to=sglang: the head reads {len(c.taps)} layers and has {has}, expected 3 and false, "
+            "all that SGLang's EAGLE-3 knows: to=speculators"
         )
     config = _layer(c) | {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -167,11 +169,11 @@ def vllm_medusa(native: Native, target: HFTarget, verifier: str | None) -> Writt
 
 
 def _layer(c: Eagle3Config) -> dict[str, Any]:
-    """The decoder layer as a Llama config, in the words that transformers 4 and 5 both read."""
+    """The decoder layer as Llama's or Qwen3's config, in the words that transformers 4 and 5 both read."""
     rope = dict(c.rope_parameters)
     theta, scaled = rope.pop("rope_theta"), rope.get("rope_type", "default") != "default"
     return {
-        "model_type": "llama",
+        "model_type": "qwen3" if c.qk_norm else "llama",
         "hidden_size": c.width,
         "intermediate_size": c.mlp_width,
         "num_hidden_layers": 1,
@@ -194,7 +196,7 @@ def _eagle3_tensors(native: Native, target: HFTarget, prefix: str) -> dict[str, 
     """The layer's under `prefix`, the LM head also where it is the target's, the vocabulary as offsets."""
     state = dict(native.state)
     tokens_U = state.pop("tokens_U").long()
-    top = ("fc.", "fc_norm.", "norm.", "lm_head.", "embed_tokens.")
+    top = ("fc.", "fc_norm.", "input_norm.", "norm.", "lm_head.", "embed_tokens.")
     tensors = {name if name.startswith(top) else prefix + name: t for name, t in state.items()}
     tensors.setdefault("lm_head.weight", target.lm_head[tokens_U.to(target.device)])
     if len(tokens_U) < target.vocab:
