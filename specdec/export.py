@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from ._paths import conf_dir
 from .checkpoints.export import FORMATS, export
 from .config import as_target, load_target
+from .loading import Loaded
 from .overrides import expect_known
 from .run import check_command, check_out, errors_in_one_line
 from .zoo import zoo_file
@@ -20,19 +21,23 @@ def run(cfg: DictConfig) -> Path:
     file, out = _file(cfg.heads), Path(cfg.out)
     check_out(out)
     loaded = load_target(cfg)
-    verifier = cfg.verifier or cfg.target.get("path") or loaded.name
-    export(file, cfg.to, as_target(loaded), out, verifier)
+    export(file, cfg.to, as_target(loaded), out, _verifier(cfg.verifier, loaded))
     print(f"{out} holds the heads for {cfg.to}; read back, they are the same, bit for bit")
     return out
+
+
+def _verifier(named: str | None, loaded: Loaded) -> str | None:
+    """How the folder names the target: an absolute folder, so that it is found from anywhere, or a hub id."""
+    if named is None:
+        return loaded.source
+    folder = Path(str(named)).expanduser()
+    return str(folder.resolve() if folder.is_dir() else named)
 
 
 def _file(heads: str | None) -> Path:
     if heads is None:
         raise ValueError("heads is null, expected a file, or the name of one in the zoo: heads=FILE")
-    try:
-        return zoo_file(str(heads))
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("proposer.")) from error
+    return zoo_file(str(heads), "heads")
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="export")

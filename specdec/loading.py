@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from specdec.embedded import embedded
+from specdec.embedded import HUB_ID, embedded
 from specdec.hardware import native_bf16
 from specdec.transfer import in_dtype
 
@@ -34,6 +34,7 @@ class Loaded:
     tokenizer    None where the checkpoint has none
     fingerprint  see `fingerprint`; prefixed with "random-" where the weights are random
     stop_ids     sorted; empty if nothing ends a text
+    source       where others load it from: a hub id, or an absolute folder; None where the weights are random
     """
 
     model: hf.PreTrainedModel
@@ -41,6 +42,7 @@ class Loaded:
     name: str
     fingerprint: str
     stop_ids: tuple[int, ...]
+    source: str | None = None
 
 
 def smollm2(dtype: str = "auto", device: str = "auto", cache_dir: str | None = None) -> Loaded:
@@ -56,7 +58,8 @@ def smollm2(dtype: str = "auto", device: str = "auto", cache_dir: str | None = N
     hf.utils.logging.disable_progress_bar()
     folder = embedded(cache_dir)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    return finished(_load_model(str(folder), torch_dtype, chosen), tokenizer, "SmolLM2-135M-Instruct")
+    model = _load_model(str(folder), torch_dtype, chosen)
+    return finished(model, tokenizer, "SmolLM2-135M-Instruct", source=HUB_ID)
 
 
 def pretrained(
@@ -75,19 +78,21 @@ def pretrained(
         raise ValueError("target=hf needs target.path=ID_OR_FOLDER")
     chosen = choose_device(device)
     torch_dtype = choose_dtype(dtype, chosen)
-    local = Path(str(path)).expanduser()
-    where, name = (str(local), local.resolve().name) if local.is_dir() else (str(path), str(path))
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    local, where = Path(str(path)).expanduser(), str(path)
+    name = source = where
+    if local.is_dir():
+        where, name, source = str(local), local.resolve().name, str(local.resolve())
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        _check_config(where, **source)
-        tokenizer = _load_tokenizer(where, **source)
-        model = _load_model(where, torch_dtype, chosen, **source)
+        _check_config(where, **options)
+        tokenizer = _load_tokenizer(where, **options)
+        model = _load_model(where, torch_dtype, chosen, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"target.path={path}: expected a causal LM: a folder, or a hub id (reachable or downloaded); "
             f"set target.path=ID_OR_FOLDER ({str(error).partition(chr(10))[0]})"
         ) from error
-    return finished(model, tokenizer, name)
+    return finished(model, tokenizer, name, source=source)
 
 
 def random_model(
@@ -135,11 +140,15 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def finished(
-    model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase | None, name: str, label: str = ""
+    model: hf.PreTrainedModel,
+    tokenizer: hf.PreTrainedTokenizerBase | None,
+    name: str,
+    label: str = "",
+    source: str | None = None,
 ) -> Loaded:
     """The model, ready to decode; `label` goes before its fingerprint."""
     model.eval().requires_grad_(False)
-    return Loaded(model, tokenizer, name, label + fingerprint(model), _stop_ids(model, tokenizer))
+    return Loaded(model, tokenizer, name, label + fingerprint(model), _stop_ids(model, tokenizer), source)
 
 
 def _stop_ids(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase | None) -> tuple[int, ...]:

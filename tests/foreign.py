@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.checkpoints.export import export
 from specdec.config import as_target
 from specdec.loading import fingerprint, random_model
-from specdec.proposers.eagle3_head import Eagle3Config
+from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Info
+from specdec.proposers.headfile import write_head
 from specdec.target import HFTarget
 from specdec.text import Bytes
 
@@ -77,6 +79,8 @@ def random_state(c: Eagle3Config, dtype: torch.dtype = torch.bfloat16) -> dict[s
     shapes |= {f"fc_norm.{i}.weight": (T,) for i in range(len(c.taps)) if c.fc_norm}
     norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm", "norm")
     shapes |= {f"{name}.weight": (D,) for name in norms}
+    shapes |= {"input_norm.weight": (len(c.taps) * T,)} if c.norm_before_fc else {}
+    shapes |= {f"self_attn.{name}_norm.weight": (E,) for name in "qk" if c.qk_norm}
     rows = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
     shapes |= {f"self_attn.{n}_proj.weight": (rows[n] * E, 2 * D) for n in "qkv"}
     shapes |= {"self_attn.o_proj.weight": (D, c.heads * E), "mlp.down_proj.weight": (D, c.mlp_width)}
@@ -113,13 +117,21 @@ def right_state(c: Eagle3Config) -> dict[str, Tensor]:
     return state
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether states are equal in names, dtypes and bits."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
 def layer_config(c: Eagle3Config) -> dict[str, Any]:
-    return {
+    """Llama's, or Qwen3's, whose heads are 128 wide unless they say how wide."""
+    return ({"head_dim": c.head_dim} if c.qk_norm else {}) | {
         "hidden_act": "silu",
         "hidden_size": c.width,
         "intermediate_size": c.mlp_width,
         "max_position_embeddings": c.max_length,
-        "model_type": "llama",
+        "model_type": "qwen3" if c.qk_norm else "llama",
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "num_hidden_layers": 1,
@@ -138,7 +150,7 @@ def offsets(state: dict[str, Tensor], c: Eagle3Config) -> dict[str, Tensor]:
 
 def named(state: dict[str, Tensor], c: Eagle3Config, layer: str) -> dict[str, Tensor]:
     """With the decoder layer's tensors under another name, and the vocabulary as offsets."""
-    top = ("fc", "norm.", "lm_head", "embed_tokens")
+    top = ("fc", "input_norm.", "norm.", "lm_head", "embed_tokens")
     tensors = {n if n.startswith(top) else layer + n: t for n, t in state.items() if n != "tokens_U"}
     return tensors | offsets(state, c)
 
@@ -183,6 +195,7 @@ def nvidia(folder: Path, c: Eagle3Config, state: dict[str, Tensor], **said: Any)
         "use_input_layernorm_in_first_layer": True,
         "use_last_layernorm": True,
         "use_mtp_layernorm": False,
+        "norm_before_fc": c.norm_before_fc,
     }
     plain = layer_config(c) | {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -207,6 +220,7 @@ def speculators(folder: Path, c: Eagle3Config, state: dict[str, Tensor], **said:
         "draft_vocab_size": c.draft_vocab,
         IDS: list(c.taps),
         "norm_before_residual": c.norm_before_residual,
+        "norm_before_fc": c.norm_before_fc,
         "fc_norm": c.fc_norm,
         "norm_output": c.post_norm,
         "speculators_config": {"algorithm": "eagle3"},
@@ -217,4 +231,46 @@ def speculators(folder: Path, c: Eagle3Config, state: dict[str, Tensor], **said:
     return write(folder, plain | said, named(state, c, "layers.0."), "model.safetensors")
 
 
+def deepspec(folder: Path, c: Eagle3Config, state: dict[str, Tensor], **said: Any) -> str:
+    """DeepSeek's: Qwen3's layer, layers by their outputs, the whole vocabulary."""
+    plain = layer_config(c) | {
+        "architectures": ["Qwen3Eagle3Model"],
+        "layer_types": ["full_attention"],
+        "num_target_layers": LAYERS,
+        "rope_parameters": dict(c.rope_parameters),
+        "target_layer_ids": [tap - 1 for tap in c.taps],
+        "ttt_length": 7,
+    }
+    tensors = {n: t for n, t in named(state, c, "layers.0.").items() if n not in ("d2t", "t2d")}
+    return write(folder, plain | said, tensors, "model.safetensors")
+
+
 DIALECTS = {"official": official, "SpecForge": specforge, "NVIDIA": nvidia, "speculators": speculators}
+
+# What heads of this project's are exported as.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+EXPORTED: dict[str, dict[str, Any]] = {
+    "3": {},
+    "3.1": {"fc_norm": True, "post_norm": True},
+    "normed residual": {"norm_before_residual": True},
+    "the target's LM head": {"shared_head": True},
+    "the whole vocabulary": {"draft_vocab": VOCAB},
+    "scaled positions": {"rope_parameters": LLAMA3},
+    "five layers": {"taps": (0, 1, 2, 4, 7)},
+    "joint norm": {"norm_before_fc": True},
+    "Qwen3's layer": {"qk_norm": True},
+}
+
+
+def native(path: Path, c: Eagle3Config) -> Path:
+    """A file of this project's with a random head for `shifting`."""
+    info = Eagle3Info(c, shifting().name, shifting().fingerprint, [[0.5]] * 4)
+    write_head(path, "eagle3", vars(info) | {"config": vars(c)}, random_state(c))
+    return path
+
+
+def exported(c: Eagle3Config, to: str, folder: Path, verifier: str = "someone/target") -> Path:
+    folder.mkdir(exist_ok=True)
+    export(native(folder / "head.safetensors", c), to, shifting(), folder / "out", verifier)
+    return folder / "out"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec import device_step
 from specdec import target as target_module
@@ -49,6 +51,18 @@ def _tiny(architecture: str) -> Loaded:
 def tiny(architecture: str = "llama") -> HFTarget:
     """A random model of two layers, its laws neither flat nor one-hot; mistral sees WINDOW tokens back."""
     return as_target(_tiny(architecture))
+
+
+def word_tokenizer(eos: str) -> PreTrainedTokenizerFast:
+    """Of five words, `hello` the last; `eos` is one of <a>, <b>, <c>."""
+    words = {word: index for index, word in enumerate(["<unk>", "<a>", "<b>", "<c>", "hello"])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
+
+
+def same_weights(one: Loaded, other: Loaded) -> bool:
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
 def saying(follows: list[list[int]]) -> HFTarget:

@@ -1,8 +1,5 @@
 """Checkpoints of others: what is written in each dialect reads as the head it was written from."""
 
-import json
-from collections.abc import Callable
-from math import inf, log
 from pathlib import Path
 
 import pytest
@@ -15,30 +12,24 @@ from foreign import (
     VOCAB,
     WIDTH,
     config,
+    deepspec,
     nvidia,
     official,
     random_state,
-    right_state,
+    same,
     shifting,
     specforge,
     speculators,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
-from models import cyclic, requests, run, tokens_per_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdec import checkpoints
-from specdec.checkpoints import is_checkpoint, open_eagle3
+from specdec.checkpoints import is_checkpoint
 from specdec.checkpoints.eagle3 import eagle3_head, read_eagle3
-from specdec.checkpoints.files import Reading
-from specdec.checkpoints.selftest import Judged, Told, Trial, fit, questions
 from specdec.config import as_target
 from specdec.loading import random_model
-from specdec.proposers.eagle3 import Eagle3
-from specdec.proposers.ngram import NGram
-from specdec.rng import Philox, Stream
-from specdec.trees import Chain, DraftLaw, Static
+from specdec.proposers.eagle3_head import Eagle3Config
 
 VARIANTS = {
     "3": {},
@@ -46,28 +37,17 @@ VARIANTS = {
     "normed residual": {"norm_before_residual": True},
     "a base of its own": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "five layers": {"taps": (1, 2, 4, 5, 7)},
+    "joint norm": {"norm_before_fc": True},
+    "Qwen3's layer": {"qk_norm": True},
 }
 # What a dialect's config has no place for.
 LACKS = {
     "official": {"fc_norm", "post_norm", "norm_before_residual", "rope_parameters", "taps"},
-    "SpecForge": {"norm_before_residual"},
-    "NVIDIA": {"fc_norm", "post_norm", "norm_before_residual", "rope_parameters"},
+    "SpecForge": {"norm_before_residual", "norm_before_fc"},
+    "NVIDIA": {"fc_norm", "post_norm", "norm_before_residual", "rope_parameters", "qk_norm"},
     "speculators": set(),
 }
 PAIRS = [(d, v) for d in DIALECTS for v in VARIANTS if not VARIANTS[v].keys() & LACKS[d]]
-
-
-@pytest.fixture
-def two_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And short answers: enough to tell heads apart that are always right or always wrong."""
-    monkeypatch.setattr(checkpoints, "questions", lambda target: questions(target)[:2])
-    monkeypatch.setattr("specdec.checkpoints.selftest.TOKENS", 24)
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
 
 
 @pytest.mark.parametrize(("dialect", "variant"), PAIRS)
@@ -102,6 +82,16 @@ def test_layer_ids_are_inputs_or_outputs_as_their_dialect_has_them_and_then_the_
     assert read_eagle3(at_the_top, shifting())[0].name.startswith("vLLM")
     last = speculators(tmp_path / "last", config(taps=(1, 2, LAYERS - 1)), state)
     assert {r.config.taps for r in read_eagle3(last, shifting())} == {(1, 2, LAYERS - 1)}
+
+
+def test_deepspec_s_layers_are_outputs_and_its_embedding_and_lm_head_the_target_s(tmp_path: Path) -> None:
+    c = config(draft_vocab=VOCAB, taps=(1, 2, 4, 5, 7), qk_norm=True, shared_head=True)
+    state = random_state(c)
+    copies = {"embed_tokens.weight": shifting().embedding, "lm_head.weight": shifting().lm_head}
+    reading = read_eagle3(deepspec(tmp_path, c, state | copies), shifting())[0]
+    assert reading.config == c
+    assert same(reading.state, state)
+    assert reading.name.startswith("DeepSpec")
 
 
 def test_a_residual_or_a_feedback_in_doubt_is_read_both_ways(tmp_path: Path) -> None:
@@ -159,6 +149,30 @@ def test_what_only_copies_the_target_is_borrowed_and_the_rest_is_the_head_s_own(
     assert read_eagle3(official(tmp_path / "c", c, none), target)[0].config.shared_head
 
 
+@pytest.mark.parametrize(("rows", "vocab"), [(200, 202), (202, 200)])
+def test_an_embedding_padded_otherwise_than_the_target_s_is_cut_or_padded(
+    rows: int, vocab: int, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": vocab, "num_hidden_layers": LAYERS}
+    target, c = as_target(random_model(config=sizes, device="cpu")), config(target_vocab=rows)
+    theirs, common = target.embedding, min(rows, vocab)
+
+    def read(name: str, embedding_VD: Tensor, c: Eagle3Config = c) -> dict[str, Tensor]:
+        state = random_state(c) | {"embed_tokens.weight": embedding_VD}
+        folder = official(tmp_path / name, c, state, target_hidden_size=WIDTH)
+        reading = read_eagle3(folder, target)[0]
+        assert eagle3_head(reading, target).embed_tokens.num_embeddings == vocab
+        return reading.state
+
+    copied = torch.cat([theirs, torch.ones(2, WIDTH)])[:rows]
+    assert "embed_tokens.weight" not in read("copied", copied)
+    expected = torch.cat([2 * copied[:common], theirs[common:]])
+    assert torch.equal(read("own", 2 * copied)["embed_tokens.weight"], expected)
+    narrow = torch.ones(rows, 48, dtype=torch.bfloat16)
+    padded = read("narrow", narrow, config(target_vocab=rows, width=48, heads=3))["embed_tokens.weight"]
+    assert torch.equal(padded, torch.cat([narrow[:common], torch.zeros(vocab - common, 48)]).bfloat16())
+
+
 def test_a_head_narrower_than_its_target_reads_its_own_embedding(tmp_path: Path) -> None:
     c = config(width=48, heads=3)
     state = random_state(c) | {"embed_tokens.weight": torch.ones(VOCAB, 48, dtype=torch.bfloat16)}
@@ -178,216 +192,6 @@ def test_scaled_positions_keep_their_scaling(tmp_path: Path) -> None:
     read = read_eagle3(specforge(tmp_path, config(), random_state(config()), **said), shifting())[0]
     assert read.config.rope_parameters == scaling | {"rope_theta": 5e5}
     eagle3_head(read, shifting())
-
-
-MISREAD = {
-    "as documented": (official, {}, {}, "ids [2, 4, 5] as inputs), residual before"),
-    "normed residual": (speculators, {"norm_before_residual": True}, {}, "as inputs), residual after"),
-    "ids of outputs, said to be inputs": (
-        speculators,
-        {},
-        {IDS: [tap - 1 for tap in TAPS]},
-        "layers [2, 4, 5] (ids [1, 3, 4] as outputs)",
-    ),
-    "ids of inputs, said to be outputs": (
-        specforge,
-        {},
-        {"eagle_config": {IDS: list(TAPS)}},
-        "layers [2, 4, 5] (ids [2, 4, 5] as inputs)",
-    ),
-    "residual said to be normed": (speculators, {}, {"norm_before_residual": True}, "residual before"),
-    "residual not said to be normed": (official, {"norm_before_residual": True}, {}, "residual after"),
-    "SpecForge before September 2026": (specforge, {}, {"norm_output": True}, "raw feedback"),
-    "SpecForge since": (specforge, {"post_norm": True}, {}, "normed feedback"),
-}
-
-
-@pytest.mark.usefixtures("two_questions")
-@pytest.mark.parametrize("case", MISREAD)
-def test_the_self_test_finds_the_reading_that_the_head_was_trained_with(case: str, tmp_path: Path) -> None:
-    to, truth, said, words = MISREAD[case]
-    c = config(draft_vocab=VOCAB, **truth)
-    head, info, found = open_eagle3(to(tmp_path, c, right_state(c), **said), shifting())
-    assert head.config == info.config == c
-    assert words in found.partition(";")[0]
-    assert (info.fingerprint, info.accuracy_KR) == (shifting().fingerprint, [])
-
-
-@pytest.mark.usefixtures("two_questions")
-def test_a_folder_drafts_as_the_head_in_it_does(tmp_path: Path) -> None:
-    """A chain of four is right whenever what stands before the root is what the target said."""
-    c = config(draft_vocab=VOCAB)
-    proposer = Eagle3(shifting(), Chain(depth=4), heads=official(tmp_path, c, right_state(c)))
-    assert proposer.reading.startswith("official, layers [2, 4, 5]")
-    assert tokens_per_step(run(proposer, requests([[2, 7], [30, 3, 8]], 20))) == 5
-    assert Eagle3(shifting(), Static(nodes=6), heads=str(tmp_path)).tree == Static(nodes=6)
-
-
-@pytest.mark.usefixtures("two_questions")
-def test_a_head_that_fits_in_no_reading_is_refused_with_what_each_did(tmp_path: Path) -> None:
-    c = config()
-    with pytest.raises(ValueError, match=r"drafts no better than chance for random-llama") as error:
-        open_eagle3(official(tmp_path, c, random_state(c)), shifting())
-    assert len(str(error.value).split(";")) >= 5
-    assert "proposer.heads=FOLDER_OR_HUB_ID" in str(error.value)
-
-
-def trial(logq: list[float], first: list[bool] | None = None, floor: float = 0.1) -> Trial:
-    """A reading that gave these log-probabilities to what was said, one after the other, at depth 1."""
-    chosen = first or [False] * len(logq)
-    judged = {(0, i): Judged(1, f, q) for i, (q, f) in enumerate(zip(logq, chosen, strict=True))}
-    return Trial(Reading("", None, {}), judged, floor)
-
-
-def test_neither_a_few_lucky_drafts_nor_a_lead_by_chance_decide() -> None:
-    def drafts(right: int, of: int, floor: float) -> bool:
-        return trial([0.0] * of, [i < right for i in range(of)], floor).drafts
-
-    assert drafts(20, 100, 0.05)
-    assert not drafts(9, 100, 0.05)
-    assert not drafts(2, 3, 0.3)
-    assert not drafts(0, 50, 0.0)
-    some = [-1.0, -3.0, -0.5, -4.0] * 10
-    assert trial([q + 0.1 for q in some]).clearly_better(trial(some))
-    assert not trial(some).clearly_better(trial([q + 0.1 for q in some]))
-    mixed = [q + gain for q, gain in zip(some, [1.0, -0.9] * 20, strict=True)]
-    assert not trial(mixed).clearly_better(trial(some))
-    assert trial([*(q + 0.1 for q in some), -inf]).clearly_better(trial([*some, -inf]))
-
-
-def test_every_law_is_judged_by_what_the_target_said_next() -> None:
-    texts, policy = ((7, 8, 9, 4, 5),), Told(texts=((7, 8, 9, 4, 5),))
-    growth = policy.grow(8, 3, Stream(Philox(0), 0, 0, 2))
-    assert next(growth)[1] == [0]
-    growth.send([DraftLaw(torch.tensor([0.2, 0.8]).log(), 10, torch.tensor([3, 9]))])
-    growth.send([DraftLaw(torch.full((10,), 0.1).log(), 10)])
-    with pytest.raises(StopIteration) as done:
-        growth.send([DraftLaw(torch.tensor([1.0]).log(), 10, torch.tensor([6]))])
-    assert done.value.value.tokens_N == [8, 9, 4, 5]
-    assert policy.judged[0, 3] == Judged(1, True, pytest.approx(log(0.8)))
-    assert policy.judged[0, 4] == Judged(2, False, pytest.approx(log(0.1)))
-    assert policy.judged[0, 5] == Judged(3, False, -inf)
-    with pytest.raises(StopIteration):
-        next(Told(texts=texts).grow(6, 3, Stream(Philox(0), 0, 0, 2)))
-
-
-def test_where_a_target_repeats_itself_no_head_can_be_told_from_chance() -> None:
-    lookup = [Reading("lookup", None, {})]
-    with pytest.raises(ValueError, match=r"lookup: 1.00 .*commonest token gives 1.00"):
-        fit(cyclic(), lookup, [[9, 9, 9]], lambda _, tree: NGram(cyclic(), tree))
-    assert fit(cyclic(), lookup, [[1, 2, 3, 4, 5, 6, 7, 0, 1]], lambda _, tree: NGram(cyclic(), tree))
-
-
-def changed(**tensors: Tensor | None) -> Callable[[Path], None]:
-    """Replace tensors of an official checkpoint, or take them away."""
-
-    def change(folder: Path) -> None:
-        file = folder / "pytorch_model.bin"
-        state = torch.load(file, weights_only=True) | {n.replace("__", "."): t for n, t in tensors.items()}
-        torch.save({name: t for name, t in state.items() if t is not None}, file)
-
-    return change
-
-
-def said(**keys: object) -> Callable[[Path], None]:
-    """Change the config."""
-
-    def change(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-    return change
-
-
-def truncated(folder: Path) -> None:
-    file = folder / "pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:-2000])
-
-
-def pickled(folder: Path) -> None:
-    torch.save({"fc.weight": Path("run me")}, folder / "pytorch_model.bin")
-
-
-def without(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-NAN, HALF = torch.full((WIDTH,), torch.nan), torch.zeros(WIDTH, 3 * WIDTH // 2)
-DAMAGE = {
-    "truncated": (truncated, "has a damaged or unsafe pytorch_model.bin"),
-    "more than tensors": (pickled, "has a damaged or unsafe pytorch_model.bin"),
-    "no weights": (
-        without("pytorch_model.bin"),
-        "holds config.json, expected config.json and one of model.safe",
-    ),
-    "no config": (without("config.json"), "has no readable config.json"),
-    "garbled config": (lambda f: (f / "config.json").write_text("{"), "has no readable config.json"),
-    "NaN": (changed(midlayer__hidden_norm__weight=NAN), "not finite: midlayer.hidden_norm.weight"),
-    "quantised": (changed(fc__weight=HALF.to(torch.float8_e4m3fn)), "quantised: fc.weight is torch.float8"),
-    "no EAGLE-3": (
-        changed(midlayer__hidden_norm__weight=None),
-        "holds no hidden_norm.weight, so it is no EAGLE-3",
-    ),
-    "wrong width": (said(hidden_size=128), "reads hidden states of width 128 .*this target's are 64 wide"),
-    "wrong fc": (changed(fc__weight=HALF), r"\(fc.weight: 96 values\), this target's are 64 wide"),
-    "wrong vocabulary": (said(vocab_size=64), "knows 64 tokens, this target has 32"),
-    "other tokens": (
-        changed(d2t=torch.full((28,), 30), t2d=None),
-        "drafts tokens up to 57, this target has 32",
-    ),
-    "tokens twice": (changed(d2t=-torch.arange(28), t2d=None), "d2t that does not name different tokens"),
-    "contradiction": (changed(t2d=torch.ones(VOCAB, dtype=torch.bool)), "d2t and a t2d that contradict"),
-    "rows": (
-        changed(d2t=torch.zeros(9, dtype=torch.int64)),
-        "has (9 and 28|28 and 9) rows in lm_head.weight and d2t",
-    ),
-    "no d2t": (changed(d2t=None), "drafts 28 of 32 tokens, and has no d2t that says which"),
-    "layers": (
-        said(**{IDS: [2, 4, 9]}),
-        r"reads 3 layers, with the ids \[2, 4, 9\]: .*of this target's 8 \(0 to 7\)",
-    ),
-    "layers in words": (said(**{IDS: "2, 4, 5"}), "expected a list of whole numbers"),
-    "an eagle_config of none": (said(eagle_config=[2, 4, 5]), r"eagle_config of \[2, 4, 5\], expected keys"),
-    "too few layers": (said(**{IDS: [2, 4]}), r"reads 3 layers, with the ids \[2, 4\]"),
-    "biases": (
-        changed(midlayer__self_attn__q_proj__bias=torch.zeros(64)),
-        "q_proj.bias is .64,., expected none",
-    ),
-    "missing": (changed(norm__weight=None), r"norm.weight is missing, expected \(64,\)"),
-    "other MLP": (said(intermediate_size=80), r"mlp.down_proj.weight is \(64, 96\), expected \(64, 80\)"),
-    "two layers": (said(num_hidden_layers=2), "has num_hidden_layers=2, expected one layer"),
-    "GELU": (said(hidden_act="gelu"), "has hidden_act=gelu"),
-    "half rotary": (said(partial_rotary_factor=0.5), "has partial_rotary_factor=0.5"),
-    "unknown layer": (said(model_type="lama"), "config of a lama layer that makes none"),
-    "heads that do not divide": (
-        said(num_attention_heads=7),
-        "config of a llama layer that makes none",
-    ),
-    "joint norm": (said(norm_before_fc=True), "norms its layers' states together"),
-    "other method": (
-        said(speculators_model_type="dflash"),
-        "speculators head of type dflash, expected eagle3",
-    ),
-    "words for numbers": (said(hidden_size="wide"), "config of a llama layer that makes none"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_and_foreign_checkpoints_are_refused_before_anything_is_decoded(
-    case: str, tmp_path: Path
-) -> None:
-    damage, message = DAMAGE[case]
-    damage(Path(official(tmp_path, config(), random_state(config()))))
-    with pytest.raises(ValueError, match=f"^proposer.heads={tmp_path} .*{message}.*; choose heads") as error:
-        read_eagle3(str(tmp_path), shifting())
-    assert "\n" not in str(error.value)
-
-
-def test_a_target_with_too_few_layers_is_told_so(tmp_path: Path) -> None:
-    small = as_target(random_model(config={"vocab_size": VOCAB}, device="cpu"))
-    folder = official(tmp_path, config(), random_state(config()))
-    with pytest.raises(ValueError, match=r"reads 3 layers, by default .*of this target's 2 \(0 to 1\)"):
-        read_eagle3(folder, small)
 
 
 def test_a_hub_id_is_downloaded_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

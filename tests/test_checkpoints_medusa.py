@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import write
+from foreign import same, write
 from models import ACCURACY, VOCAB, cyclic, cyclic_heads, requests, run, tiny, tokens_per_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,12 +56,6 @@ def vllm(folder: Path, native: dict[str, Tensor], **said: Any) -> str:
         tensors["medusa_heads.token_map"] = tokens_U
     plain = {"model_type": "medusa", "num_heads": K, "num_hidden_layers": 1, "vocab_size": VOCAB}
     return write(folder, plain | {"truncated_vocab_size": len(tokens_U)} | said, tensors, "model.safetensors")
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
 
 
 CASES = {
@@ -148,9 +142,11 @@ def changed(**tensors: Tensor | None) -> Callable[[dict[str, Tensor]], dict[str,
 
 DAMAGE: dict[str, tuple[Callable[..., str], dict[str, Any], str]] = {
     "other width": (original, {"weight_KDD": torch.zeros(3, 8, 8)}, "blocks of .8, 8., .* are 64 wide"),
+    "other biases": (original, {"bias_KD": torch.zeros(3, 7)}, "biases of .7,., .* are 64 wide"),
     "NaN": (original, {"bias_KD": torch.full((3, WIDTH), torch.nan)}, "not finite: 0.0.linear.bias"),
     "other vocabulary": (original, {"lm_head_KUD": torch.zeros(3, 99, WIDTH)}, "drafts 99 of 32 tokens"),
     "beyond": (vllm, {"tokens_U": torch.tensor([3, 40])}, "token_map that does not name different tokens"),
+    "an empty map": (vllm, {"tokens_U": torch.tensor([])}, "token_map that does not name different tokens"),
     "twice": (vllm, {"tokens_U": torch.tensor([3, 3])}, "token_map that does not name different tokens"),
 }
 
@@ -162,23 +158,32 @@ def test_damaged_and_foreign_heads_are_refused(case: str, tmp_path: Path) -> Non
         read_medusa(to(tmp_path, state() | wrong), tiny())
 
 
-NAMES = {
-    "0.1.linear.weight": "has several residual blocks a head",
-    "model.layers.0.mlp.up_proj.weight": "holds model.layers.0.*which Medusa heads do not have",
-    "4.0.linear.weight": r"has weights for the heads \[0, 4\], expected all from 0 on",
-    "0.1.weight": r"has LM heads of .*\(32, 9\).*expected 2 of \(32, 64\)",
+SQUARE, LM_HEAD = torch.zeros(WIDTH, WIDTH), torch.zeros(VOCAB, WIDTH)
+TWO_BLOCKS = {"0.0.linear.weight": SQUARE, "1.0.linear.weight": SQUARE}
+NAMES: dict[str, tuple[dict[str, Tensor], str]] = {
+    "a second block": ({"0.1.linear.weight": SQUARE}, "has several residual blocks a head"),
+    "another model's": (
+        {"model.layers.0.mlp.up_proj.weight": SQUARE},
+        "holds model.layers.0.*which Medusa heads do not have",
+    ),
+    "a gap": ({"4.0.linear.weight": SQUARE}, r"for the heads \[0, 4\], expected all from 0 on"),
+    "a narrow LM head": (
+        TWO_BLOCKS | {"0.1.weight": torch.zeros(VOCAB, 9)},
+        r"has LM heads of .*\(32, 9\).*expected 2 of \(32, 64\)",
+    ),
+    "the second's LM head only": (
+        TWO_BLOCKS | {"1.1.weight": LM_HEAD},
+        r"has LM heads of \{1: \(32, 64\)\}, expected 2 of \(32, 64\)",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tensors_that_do_not_belong_are_refused(name: str, tmp_path: Path) -> None:
-    square = torch.zeros(WIDTH, WIDTH)
-    tensors = {"0.0.linear.weight": square} | {
-        name: torch.zeros(VOCAB, 9) if name == "0.1.weight" else square
-    }
-    tensors |= {"1.0.linear.weight": square} if name == "0.1.weight" else {}
-    with pytest.raises(ValueError, match=NAMES[name]):
-        read_medusa(write(tmp_path, ORIGINAL, tensors, "medusa_lm_head.pt"), tiny())
+@pytest.mark.parametrize("case", NAMES)
+def test_tensors_that_do_not_belong_are_refused(case: str, tmp_path: Path) -> None:
+    tensors, message = NAMES[case]
+    folder = write(tmp_path, ORIGINAL, {"0.0.linear.weight": SQUARE} | tensors, "medusa_lm_head.pt")
+    with pytest.raises(ValueError, match=message):
+        read_medusa(folder, tiny())
 
 
 def test_a_config_for_another_vocabulary_is_refused(tmp_path: Path) -> None:

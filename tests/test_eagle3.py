@@ -20,6 +20,8 @@ VARIANTS = {
     "3": {"fc_norm": False, "post_norm": False},
     "3.1": {"fc_norm": True, "post_norm": True},
     "norm before residual": {"fc_norm": False, "post_norm": False, "norm_before_residual": True},
+    "norm before fc": {"fc_norm": False, "norm_before_fc": True},
+    "Qwen3's layer": {"qk_norm": True},
     "shared head": {"shared_head": True},
 }
 
@@ -45,7 +47,10 @@ class Reference:
     def fuse(self, taps: list[Tensor]) -> Tensor:
         if self.config.fc_norm:
             taps = [self.norm(f"fc_norm.{i}", tap) for i, tap in enumerate(taps)]
-        return self.w["fc.weight"] @ torch.cat(taps)
+        joined = torch.cat(taps)
+        if self.config.norm_before_fc:
+            joined = self.norm("input_norm", joined)
+        return self.w["fc.weight"] @ joined
 
     def rotated(self, x_D: Tensor, position: int) -> Tensor:
         half = len(x_D) // 2
@@ -61,6 +66,8 @@ class Reference:
         normed_D = self.norm("hidden_norm", hidden_D)
         read = torch.cat([self.norm("input_layernorm", self.w["embed_tokens.weight"][token]), normed_D])
         q, k, v = ((self.w[f"self_attn.{n}_proj.weight"] @ read).split(self.config.head_dim) for n in "qkv")
+        if self.config.qk_norm:
+            q, k = ([self.norm(f"self_attn.{n}_norm", x) for x in heads] for n, heads in (("q", q), ("k", k)))
         q, k = ([self.rotated(head, position) for head in heads] for heads in (q, k))
         return (normed_D if self.config.norm_before_residual else hidden_D), q, k, v
 

@@ -2,64 +2,45 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from foreign import IDS, TAPS, VOCAB, WIDTH, config, random_state, shifting
-from models import tiny, untrained_heads
-from omegaconf import OmegaConf
+from foreign import EXPORTED, IDS, TAPS, VOCAB, WIDTH, config, exported, native, random_state, shifting
+from models import save_eagle, tiny, untrained_heads
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from specdec import export as entry
 from specdec.checkpoints import export as exporting
 from specdec.checkpoints.eagle3 import read_eagle3
 from specdec.checkpoints.export import FORMATS, export
 from specdec.checkpoints.medusa import read_medusa
-from specdec.config import load_config
-from specdec.proposers.eagle3_head import Eagle3Config, Eagle3Info, load
-from specdec.proposers.headfile import write_head
+from specdec.config import as_target, load_config
+from specdec.loading import Loaded, random_model
 from specdec.proposers.medusa_heads import MedusaHeads, MedusaInfo
-from specdec.training.eagle3 import unroll
-
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "3": {},
-    "3.1": {"fc_norm": True, "post_norm": True},
-    "normed residual": {"norm_before_residual": True},
-    "the target's LM head": {"shared_head": True},
-    "the whole vocabulary": {"draft_vocab": VOCAB},
-    "scaled positions": {"rope_parameters": LLAMA3},
-    "five layers": {"taps": (0, 1, 2, 4, 7)},
-}
+from specdec.training.eagle3 import Eagle3Recipe
 
 
-def native(path: Path, c: Eagle3Config) -> Path:
-    """A file of this project's with a random head for `shifting`."""
-    info = Eagle3Info(c, shifting().name, shifting().fingerprint, [[0.5]] * 4)
-    write_head(path, "eagle3", vars(info) | {"config": vars(c)}, random_state(c))
-    return path
-
-
-def exported(c: Eagle3Config, to: str, folder: Path, verifier: str = "someone/target") -> Path:
-    folder.mkdir(exist_ok=True)
-    export(native(folder / "head.safetensors", c), to, shifting(), folder / "out", verifier)
-    return folder / "out"
+def longrope(part: float) -> dict[str, Any]:
+    """Phi's positions for texts longer than it was first trained on; they turn a part of each head."""
+    factors = int(WIDTH // 4 * part) // 2
+    scaling = {"type": "longrope", "rope_type": "longrope", "original_max_position_embeddings": 1024}
+    scaling |= {"short_factor": [1.0] * factors, "long_factor": [2.0] * factors}
+    return {"rope_parameters": scaling | {"rope_theta": 1e4, "partial_rotary_factor": part}}
 
 
 def said(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EXPORTED)
 @pytest.mark.parametrize("to", ["speculators", "sglang"])
 def test_what_is_exported_reads_back_as_it_was(to: str, variant: str, tmp_path: Path) -> None:
-    c = config(**VARIANTS[variant])
-    if to == "sglang" and variant in ("normed residual", "five layers"):
-        with pytest.raises(ValueError, match=r"to=sglang: .*expected false and 3, .*: to=speculators"):
+    c = config(**EXPORTED[variant])
+    if to == "sglang" and variant in ("normed residual", "five layers", "joint norm", "Qwen3's layer"):
+        with pytest.raises(ValueError, match=r"to=sglang: .*expected 3 and false, .*: to=speculators"):
             exported(c, to, tmp_path)
         return
     reading = read_eagle3(str(exported(c, to, tmp_path)), shifting())[0]
@@ -67,6 +48,29 @@ def test_what_is_exported_reads_back_as_it_was(to: str, variant: str, tmp_path: 
     assert reading.config == c
     assert reading.state.keys() == state.keys()
     assert all(torch.equal(reading.state[name], t) for name, t in state.items())
+
+
+ROTARY: dict[str, tuple[str, dict[str, Any], str]] = {
+    "whole": ("phi3", {}, "default"),
+    "whole, scaled": ("phi3", longrope(1.0), "longrope"),
+    "half": ("glm", {"head_dim": WIDTH // 4}, "default"),
+    "half, scaled": ("phi3", longrope(0.5), "default"),
+}
+
+
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("to", ["speculators", "sglang"])
+def test_a_head_trained_for_a_target_with_any_rotary_positions_is_exported(
+    to: str, rotary: str, tmp_path: Path
+) -> None:
+    architecture, settings, rope_type = ROTARY[rotary]
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 4}
+    target = as_target(random_model(architecture, sizes | settings, device="cpu"))
+    head = Eagle3Recipe(layers=(1, 2, 3)).new(target, torch.arange(VOCAB))
+    assert (head.rotary.rope_type, head.config.rope_parameters["rope_theta"]) == (rope_type, 1e4)
+    head.project(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, WIDTH), torch.arange(2)[None])
+    save_eagle(head, target, tmp_path / "head.safetensors")
+    export(tmp_path / "head.safetensors", to, target, tmp_path / "out", "someone/target")
 
 
 def test_sglang_gets_the_names_ids_and_offsets_that_it_reads(tmp_path: Path) -> None:
@@ -92,36 +96,6 @@ def test_a_borrowed_lm_head_is_written_out(tmp_path: Path) -> None:
     c = config(shared_head=True)
     folder, rows_UD = exported(c, "sglang", tmp_path), shifting().lm_head[random_state(c)["tokens_U"].long()]
     assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], rows_UD)
-
-
-@pytest.fixture(scope="module")
-def verifier(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The target's own checkpoint, from which speculators takes what a head leaves out."""
-    folder = tmp_path_factory.mktemp("verifier")
-    shifting().model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_speculators_loads_and_runs_it_as_we_do(variant: str, verifier: str, tmp_path: Path) -> None:
-    """Every law of three unrolls, from its own model and its own loading of head and target."""
-    models = pytest.importorskip("speculators.models.eagle3", reason="needs the package speculators")
-    c = config(**VARIANTS[variant])
-    folder = exported(c, "speculators", tmp_path, verifier)
-    theirs_config = models.Eagle3SpeculatorConfig.from_pretrained(folder)
-    theirs_config.transformer_layer_config._attn_implementation = "eager"
-    theirs = models.Eagle3DraftModel.from_pretrained(folder, config=theirs_config).float()
-    assert theirs.target_layer_ids == list(c.taps)
-    got: list[Tensor] = []
-    theirs.lm_head.register_forward_hook(lambda module, args, out: got.append(out[0].detach()))
-    draw = torch.Generator().manual_seed(1)
-    tokens_T, taps_CTD = torch.arange(3, 19) % VOCAB, torch.randn(len(c.taps), 16, WIDTH, generator=draw)
-    taps_1TC = torch.cat(list(taps_CTD[:, :-1]), dim=-1).unsqueeze(0)
-    theirs(taps_1TC, tokens_T[1:].unsqueeze(0), torch.zeros(1, 15, dtype=torch.long), ttt_steps=3)
-    head, _ = load(tmp_path / "head.safetensors", shifting())
-    for i, out_1TD in enumerate(unroll(head, tokens_T.unsqueeze(0), head.fuse(taps_CTD.unsqueeze(1)), 3)):
-        rows = 15 - i
-        torch.testing.assert_close(got[i][:rows], head.logits(out_1TD)[0, :rows], atol=1e-3, rtol=1e-3)
 
 
 def medusa_file(path: Path, tokens: list[int], root: bool = False, hydra: bool = False) -> Path:
@@ -204,18 +178,48 @@ def test_a_folder_in_use_and_a_file_of_another_kind_are_refused(tmp_path: Path) 
         export(tmp_path / "head.safetensors", "vllm-medusa", shifting(), tmp_path / "new", "")
 
 
-def test_the_command_writes_a_folder_that_names_its_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(entry, "load_target", lambda cfg: OmegaConf.create({"name": "shifting"}))
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Exports a head for a target that was loaded from `source`, and returns the folder."""
+    native(tmp_path / "head.safetensors", config())
     monkeypatch.setattr(entry, "as_target", lambda loaded: shifting())
-    file = native(tmp_path / "head.safetensors", config())
-    words = [f"heads={file}", f"out={tmp_path / 'out'}", "target=random"]
-    entry.run(load_config(words, "export"))
-    assert said(tmp_path / "out")["speculators_config"]["verifier"]["name_or_path"] == "shifting"
+
+    def run(source: str | None, *words: str) -> Path:
+        loaded = Loaded(shifting().model, None, "shifting", "", (), source)
+        monkeypatch.setattr(entry, "load_target", lambda cfg: loaded)
+        known = [f"heads={tmp_path / 'head.safetensors'}", f"out={tmp_path / 'out'}", "target=random"]
+        return entry.run(load_config([*known, *words], "export"))
+
+    return run
+
+
+def named(folder: Path) -> str:
+    return said(folder)["speculators_config"]["verifier"]["name_or_path"]
+
+
+def test_the_command_writes_a_folder_that_names_its_target(
+    command: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    assert named(command("someone/target")) == "someone/target"
     assert "the same, bit for bit" in capsys.readouterr().out
-    entry.run(load_config([*words, "to=sglang", f"out={tmp_path / 'other'}", "verifier=a/b"], "export"))
-    assert said(tmp_path / "other")["architectures"] == ["LlamaForCausalLMEagle3"]
+
+
+def test_a_verifier_that_is_named_is_found_from_anywhere(
+    command: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "target").mkdir()
+    assert named(command("a/b", "verifier=target", "out=folder")) == str(tmp_path / "target")
+    assert named(command("a/b", "verifier=c/d", "out=id")) == "c/d"
+
+
+def test_a_target_that_nobody_could_load_must_be_named_where_the_format_names_it(
+    command: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"^to=speculators .*random-llama is no hub id .*: verifier="):
+        command(None)
+    assert not (tmp_path / "out").exists()
+    assert said(command(None, "to=sglang"))["architectures"] == ["LlamaForCausalLMEagle3"]
 
 
 @pytest.mark.parametrize(

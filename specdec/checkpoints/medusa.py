@@ -76,19 +76,9 @@ class MedusaInMemory(Medusa):
 
 def _reading(config: dict[str, Any], tensors: dict[str, Tensor], target: HFTarget) -> Reading:
     parts, width = _parts(tensors), target.embedding.shape[1]
-    weights, biases = parts.blocks["weight"], parts.blocks["bias"]
-    K = len(weights)
-    if not K or set(weights) != set(range(K)) or not biases.keys() <= weights.keys():
-        raise Unusable(f"has weights for the heads {sorted(weights)}, expected all from 0 on")
-    if wrong := [tuple(t.shape) for t in weights.values() if t.shape != (width, width)]:
-        raise Unusable(f"has blocks of {wrong[0]}, this target's hidden states are {width} wide")
-    zeros_D = torch.zeros(width, dtype=weights[0].dtype)
-    ids_U = _vocabulary(config, parts, target.vocab)
-    state = {
-        "weight_KDD": torch.stack([weights[k].T for k in range(K)]),
-        "bias_KD": torch.stack([biases.get(k, zeros_D) for k in range(K)]),
-        "tokens_U": ids_U.sort().values.int(),
-    }
+    weight_KDD, bias_KD = _blocks(parts, width)
+    K, ids_U = len(bias_KD), _vocabulary(config, parts, target.vocab)
+    state = {"weight_KDD": weight_KDD, "bias_KD": bias_KD, "tokens_U": ids_U.sort().values.int()}
     own = _lm_heads(parts, K, ids_U, target)
     info = MedusaInfo(K, width, target.name, target.fingerprint, [])
     layout = "vLLM" if any("blocks." in name for name in tensors) else "original"
@@ -118,6 +108,19 @@ def _parts(tensors: dict[str, Tensor]) -> _Parts:
     return parts
 
 
+def _blocks(parts: _Parts, width: int) -> tuple[Tensor, Tensor]:
+    """Weights [K, D, D], read from the left, and biases [K, D], zero where there is none."""
+    weights, biases = parts.blocks["weight"], parts.blocks["bias"]
+    heads = range(len(weights))
+    if not weights or set(weights) != set(heads) or not biases.keys() <= weights.keys():
+        raise Unusable(f"has weights for the heads {sorted(weights)}, expected all from 0 on")
+    for name, found, shape in (("blocks", weights, (width, width)), ("biases", biases, (width,))):
+        if wrong := [tuple(t.shape) for t in found.values() if t.shape != shape]:
+            raise Unusable(f"has {name} of {wrong[0]}, this target's hidden states are {width} wide")
+    zeros_D = torch.zeros(width, dtype=weights[0].dtype)
+    return torch.stack([weights[k].T for k in heads]), torch.stack([biases.get(k, zeros_D) for k in heads])
+
+
 def _vocabulary(config: dict[str, Any], parts: _Parts, vocab: int) -> Tensor:
     """Target ids of the draft vocabulary, in the order of the LM heads' rows."""
     told = config.get("vocab_size") or vocab
@@ -129,7 +132,8 @@ def _vocabulary(config: dict[str, Any], parts: _Parts, vocab: int) -> Tensor:
             raise Unusable(f"drafts {rows} of {vocab} tokens, and has no token_map that says which")
         return torch.arange(min(rows, vocab))
     ids_U = parts.token_map.long()
-    if not 0 <= int(ids_U.min()) <= int(ids_U.max()) < vocab or len(ids_U.unique()) < len(ids_U):
+    different_U = ids_U[(ids_U >= 0) & (ids_U < vocab)].unique()
+    if not 0 < len(different_U) == len(ids_U):
         raise Unusable(f"has a token_map that does not name different tokens of this target's {vocab}")
     return ids_U
 
@@ -139,7 +143,7 @@ def _lm_heads(parts: _Parts, K: int, ids_U: Tensor, target: HFTarget) -> Tensor 
     if not parts.whole:
         return None
     found = [parts.shared] * K if parts.shared is not None else [parts.lm_heads.get(k) for k in range(K)]
-    if len(parts.lm_heads) == 1:
+    if parts.lm_heads.keys() == {0}:
         found = [parts.lm_heads[0]] * K
     order_U, width = ids_U.argsort(), target.embedding.shape[1]
     lm_head_UD = target.lm_head[ids_U[order_U].to(target.device)]

@@ -37,6 +37,8 @@ class Eagle3Config:
     fc_norm               3.1: each tap is normed before they are joined
     post_norm             3.1: what is fed back is normed
     norm_before_residual  the residual is the normed hidden state, not the hidden state
+    norm_before_fc        the taps are normed as one, when they are joined (speculators, NVIDIA)
+    qk_norm               queries and keys are normed, head by head, before they are turned (Qwen3's layer)
     shared_head           the LM head is the target's, cut to the draft vocabulary
     """
 
@@ -57,6 +59,8 @@ class Eagle3Config:
     fc_norm: bool = True
     post_norm: bool = True
     norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    qk_norm: bool = False
     shared_head: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +76,7 @@ class Eagle3Head(nn.Module):
         self.fc = nn.Linear(len(c.taps) * c.target_width, c.width, bias=False)
         norms = len(c.taps) if c.fc_norm else 0
         self.fc_norm = nn.ModuleList(nn.RMSNorm(c.target_width, c.eps) for _ in range(norms))
+        self.input_norm = nn.RMSNorm(self.fc.in_features, c.eps) if c.norm_before_fc else nn.Identity()
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm, self.norm = (
             nn.RMSNorm(c.width, c.eps) for _ in range(4)
         )
@@ -83,6 +88,8 @@ class Eagle3Head(nn.Module):
                 "o_proj": nn.Linear(c.heads * c.head_dim, c.width, bias=False),
             }
         )
+        for name in ("q_norm", "k_norm"):
+            self.self_attn[name] = nn.RMSNorm(c.head_dim, c.eps) if c.qk_norm else nn.Identity()
         self.mlp = nn.ModuleDict(
             {
                 "gate_proj": nn.Linear(c.width, c.mlp_width, bias=False),
@@ -115,7 +122,7 @@ class Eagle3Head(nn.Module):
         """[..., D] of the taps, each [..., target_width]."""
         if self.config.fc_norm:
             taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
-        return self.fc(torch.cat(list(taps), dim=-1))
+        return self.fc(self.input_norm(torch.cat(list(taps), dim=-1)))
 
     def project(self, tokens_BT: Tensor, hidden_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, ...]:
         """The residual [B, T, D], and queries, keys, values [B, H, T, D], turned to their positions."""
@@ -128,6 +135,7 @@ class Eagle3Head(nn.Module):
             for name in "qkv"
         )
         cos_BTD, sin_BTD = self.rotary(v, positions_BT)
+        q, k = self.self_attn["q_norm"](q), self.self_attn["k_norm"](k)
         q, k = apply_rotary_pos_emb(q, k, cos_BTD, sin_BTD)
         return (normed_BTD if self.config.norm_before_residual else hidden_BTD), q, k, v
 

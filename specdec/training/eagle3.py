@@ -133,9 +133,15 @@ def _borrowing(head: Eagle3Head, target: HFTarget) -> Eagle3Head:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """The target's own, if all of its layers have the same."""
+    """The target's own, if all of its layers have the same and they turn all of a head's dimensions.
+
+    Else the default type with its base: this head turns all of them, and a scaling is for as many as it says.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    return dict(rope) if "rope_theta" in rope else {"rope_type": "default", "rope_theta": 1e4}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or "rope_theta" not in rope:
+        return {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e4)}
+    # "type" is what older configs call rope_type.
+    return {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "type")}
 
 
 @torch.no_grad()
