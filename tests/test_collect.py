@@ -8,17 +8,18 @@ import torch
 from models import cyclic, tiny
 
 from specdec.data import Conversation
-from specdec.onpolicy import chat_opening, write_prompts
 from specdec.shards import read_shard
 from specdec.text import Bytes
 from specdec.training.collect import PromptRecipe, collect
+from specdec.training.prompts import chat_opening, turn_end, write_prompts
 from specdec.training.texts import Texts
 
 TAPS = (0, 1, "final")
+END = "%"
 
 
 class Chatty(Bytes):
-    """Bytes within the tiny target's vocabulary, with a chat template."""
+    """Bytes within the tiny target's vocabulary; its chat template strips, and ends a turn in its own way."""
 
     chat_template, eos_token_id = "yes", 3
 
@@ -26,12 +27,12 @@ class Chatty(Bytes):
         return [token % tiny().vocab for token in super().encode(text)]
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = True, **_: object) -> object:
-        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        text = "".join(f"<{m['role']}>{m['content'].strip()}\n{END}" for m in messages)
         return self.encode(text + "<assistant>") if tokenize else text
 
 
 def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    options = {"beginnings": ["", "ab"], "batch": 4, "longest": 40}
+    options = {"stop_ids": (), "beginnings": ["", "ab"], "batch": 4, "longest": 40}
     texts = write_prompts(tiny(), Chatty(), tmp_path, 10, **options)
     assert 0 < len(texts) == len(set(texts))
     assert any(text.startswith("ab") for text in texts)
@@ -46,6 +47,17 @@ def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.Cap
         write_prompts(tiny(), Chatty(), tmp_path, 10, **options)
 
 
+def test_a_message_ends_where_the_chat_template_ends_it(tmp_path: Path) -> None:
+    (end,), asked = Chatty().encode(END), {"count": 16, "beginnings": [""], "longest": 60}
+    assert turn_end(Chatty()) == (end,) != (Chatty.eos_token_id,)
+    assert chat_opening(Chatty(), "ab") == Chatty().encode("<user>ab"), "a template that strips has its place"
+    texts = write_prompts(tiny(), Chatty(), tmp_path, stop_ids=(Chatty.eos_token_id,), **asked)
+    assert len(texts) > 8
+    ends = {chr(end), chr(Chatty.eos_token_id)}
+    assert not any(ends & set(text) for text in texts), "not even what ends it"
+    assert any("\n" in text for text in texts), "white space before the end of a turn ends none"
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -57,26 +69,27 @@ def test_the_target_writes_prompts_of_its_own(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_prompts_written_with_other_settings_are_refused(changed: dict, said: str, tmp_path: Path) -> None:
-    options = {"count": 4, "beginnings": ["ab", ""], "batch": 2, "longest": 8}
+    options = {"count": 4, "stop_ids": (), "beginnings": ["ab", ""], "batch": 2, "longest": 8}
     write_prompts(tiny(), Chatty(), tmp_path, **options)
     with pytest.raises(ValueError, match=said):
         write_prompts(tiny(), Chatty(), tmp_path, **options | changed)
 
 
 def test_prompts_of_another_target_or_of_none_known_are_refused(tmp_path: Path) -> None:
-    write_prompts(tiny(), Chatty(), tmp_path, 2, beginnings=["x"], longest=8)
+    options = {"count": 2, "stop_ids": (), "beginnings": ["x"], "longest": 8}
+    write_prompts(tiny(), Chatty(), tmp_path, **options)
     with pytest.raises(ValueError, match=rf"target='{tiny().fingerprint}', not '{cyclic().fingerprint}'"):
-        write_prompts(cyclic(), Chatty(), tmp_path, 2, beginnings=["x"], longest=8)
+        write_prompts(cyclic(), Chatty(), tmp_path, **options)
     (tmp_path / "prompts-000000.json").write_text('["a message"]')
     with pytest.raises(ValueError, match=r"target='unknown', not .*another out=FOLDER"):
-        write_prompts(tiny(), Chatty(), tmp_path, 2, beginnings=["x"], longest=8)
+        write_prompts(tiny(), Chatty(), tmp_path, **options)
 
 
 def test_prompts_of_both_kinds_are_answered(tmp_path: Path) -> None:
     recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
     given = [Conversation("0", "any", ("one",)), Conversation("1", "any", ("one",))]
     files = collect(tiny(), Chatty(), given, recipe, tmp_path, (), TAPS)
-    own = write_prompts(tiny(), Chatty(), tmp_path, 6, beginnings=["x"], batch=4, longest=40)
+    own = write_prompts(tiny(), Chatty(), tmp_path, 6, stop_ids=(), beginnings=["x"], batch=4, longest=40)
     assert sum(len(read_shard(file).lengths_S) for file in files) == 1 + len(own)
     assert read_shard(files[0]).taps == TAPS
     bare = replace(recipe, written=0, store_features=False)
@@ -87,7 +100,7 @@ def test_data_chat_renders_conversations_and_not_what_the_target_wrote(tmp_path:
     recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
     given = [Conversation("0", "any", ("one",))]
     files = collect(tiny(), Chatty(), given, recipe, tmp_path, (), (), chat=False)
-    own = write_prompts(tiny(), Chatty(), tmp_path, 6, beginnings=["x"], batch=4, longest=40)
+    own = write_prompts(tiny(), Chatty(), tmp_path, 6, stop_ids=(), beginnings=["x"], batch=4, longest=40)
     asked = [
         tuple(text[:prompt].tolist())
         for shard in map(read_shard, files)

@@ -9,11 +9,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Conversation
-from ..onpolicy import write_answers, write_prompts
+from ..onpolicy import write_answers
 from ..sampling import Sampling
 from ..shards import read_shard
 from ..target import HFTarget, Tap
 from ..text import turn_of
+from .prompts import write_prompts
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def collect(
         tokenizer,
         folder,
         recipe.written,
+        stop_ids=stop_ids,
         beginnings=list(recipe.beginnings),
         batch=recipe.batch,
         longest=recipe.message_tokens,
