@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from specdec.onpolicy import write_answers
 from specdec.proposers.medusa_heads import MedusaHeads, token_embeddings
+from specdec.training import heldout
 from specdec.training.eagle3 import Eagle3Recipe
 from specdec.training.estimate import kept_for_backward
 from specdec.training.heads import OBJECTIVES, HeadRecipe
@@ -107,6 +109,18 @@ def test_held_out_shards_are_not_trained_on_and_of_all_lengths() -> None:
         assert sorted(training + held_out) == files
     assert split(files, 1)[1] == [files[5]]
     assert split(files, 2)[1] == [files[2], files[7]]
+
+
+@pytest.mark.parametrize("count", [5, 12, 13, 23, 31])
+def test_drafts_are_tried_on_prompts_from_all_over_the_texts(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, prompt = [], torch.zeros(3, dtype=torch.int64)
+    monkeypatch.setattr(heldout, "decode", lambda *rest: tried.extend(seq.request for seq in rest[-1]) or [])
+    heldout.acceptance(tiny(), None, Texts([prompt] * count, [1] * count, [], ()))
+    gaps = [after - before for before, after in pairwise([*tried, count])]
+    assert (tried[0], len(tried)) == (0, min(heldout.PROMPTS, count))
+    assert max(gaps) - min(gaps) <= 1
 
 
 def plain_kl(p: list[float], q: list[float]) -> float:
