@@ -3,7 +3,6 @@
 Shapes: B batch, N nodes, C taps side by side, D width.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +66,7 @@ def write_answers(
 
     With `taps`, shards hold what those layers held. A prompt is answered once, however often it is given, and
     not where it leaves no room for `longest` tokens.
-    ValueError: shards there are damaged, of other settings or another target. OSError: too little disk.
+    ValueError: shards there are damaged, of other settings or another target.
     """
     folder.mkdir(parents=True, exist_ok=True)
     origin = Origin(target.name, target.fingerprint, longest, sampling.temperature, seed)
@@ -79,7 +78,6 @@ def write_answers(
         f"answers: {len(prompts)} prompts, {len(prompts) - len(different)} of them repeated, "
         f"{len(different) - len(fitting)} too long, {len(fitting) - len(missing)} answered already"
     )
-    _check_disk(target, missing, longest, taps, folder)
     names = _free_names(folder)
     proposer = Recorder(target, taps) if taps else NoDraft(target, Chain())
     with bar("answers of the target", len(missing)) as advance:
@@ -118,24 +116,6 @@ def _expect_same_settings(origin: Origin, there: Origin, file: Path) -> None:
     if there.fingerprint and differing:
         raise ValueError(
             f"{file} was written with {' and '.join(differing)}: give the same, or another out=FOLDER"
-        )
-
-
-def _check_disk(
-    target: HFTarget, prompts: list[tuple[int, ...]], longest: int, taps: tuple[Tap, ...], folder: Path
-) -> None:
-    """Say what the shards take, were every answer as long as it may be. OSError unless that is free."""
-    width = 2 * len(taps) * target.config.hidden_size
-    need, free = sum(len(p) + longest for p in prompts) * (4 + width), shutil.disk_usage(folder).free
-    if need > free:
-        raise OSError(
-            f"{len(prompts)} answers may take {need / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB "
-            "free: out=ANOTHER_DISK, fewer prompts, or prompts.store_features=false"
-        )
-    if prompts:
-        say(
-            f"{len(prompts)} answers of up to {longest} tokens take up to {need / 2**30:.2f} GiB of the "
-            f"{free / 2**30:.1f} GiB free in {folder}"
         )
 
 

@@ -1,5 +1,6 @@
 """What the target is asked for training: prompts of files, turn by turn, and those that it writes."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import torch
 from models import cyclic, tiny
 
 from specdec.data import Conversation
-from specdec.shards import read_shard
-from specdec.text import Bytes
+from specdec.shards import read_shard, shard_files
+from specdec.text import Bytes, turn_of
+from specdec.training import collect as collecting
 from specdec.training.collect import PromptRecipe, collect
 from specdec.training.prompts import chat_opening, turn_end, write_prompts
 from specdec.training.texts import Texts
 
 TAPS = (0, 1, "final")
 END = "%"
+ONE = [Conversation("0", "any", ("one",))]
 
 
 class Chatty(Bytes):
@@ -98,8 +101,7 @@ def test_prompts_of_both_kinds_are_answered(tmp_path: Path) -> None:
 
 def test_data_chat_renders_conversations_and_not_what_the_target_wrote(tmp_path: Path) -> None:
     recipe = PromptRecipe(written=6, beginnings=("x",), message_tokens=40, answer_tokens=5, batch=4)
-    given = [Conversation("0", "any", ("one",))]
-    files = collect(tiny(), Chatty(), given, recipe, tmp_path, (), (), chat=False)
+    files = collect(tiny(), Chatty(), ONE, recipe, tmp_path, (), (), chat=False)
     own = write_prompts(tiny(), Chatty(), tmp_path, 6, stop_ids=(), beginnings=["x"], batch=4, longest=40)
     asked = [
         tuple(text[:prompt].tolist())
@@ -160,6 +162,69 @@ def test_a_turn_behind_one_too_long_to_answer_is_left_out(tmp_path: Path) -> Non
     ]
     shards = [read_shard(file) for file in collect(tiny(), Chatty(), given, recipe, tmp_path, (), ())]
     assert sum(len(s.lengths_S) for s in shards) == 1
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("answers-*"))
+
+
+def test_a_full_disk_is_found_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Of all turns, before the first is answered: a later one holds all answers before it."""
+    recipe, width = PromptRecipe(written=0, answer_tokens=40, batch=2), 4 + 2 * 3 * 64
+    given = [Conversation("0", "any", ("one", "two", "three")), Conversation("1", "any", ("four",))]
+    given.append(replace(given[0], id="the same"))
+    blank = {f"0/{turn}": [] for turn in range(3)}
+    prompts = [len(turn_of(Chatty(), c, t, blank).ids) for c in given[:2] for t in range(len(c.turns))]
+    need = width * (sum(prompts) + 40 * (1 + 2 + 3 + 1))
+    usage, free = shutil.disk_usage(tmp_path), [need - 1]
+    monkeypatch.setattr(collecting.shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+
+    def collected() -> list[Path]:
+        return collect(tiny(), Chatty(), given, recipe, tmp_path, (), TAPS)
+
+    with pytest.raises(OSError, match=r"4 answers may take .*out=ANOTHER_DISK.*store_features=false"):
+        collected()
+    assert not bytes_of(tmp_path)
+    free[0] = need
+    collected()
+    assert "4 answers of up to 40 tokens take up to" in capsys.readouterr().out
+    for file in shard_files(tmp_path)[1:]:
+        file.unlink()
+    free[0] = need - width * (prompts[0] + prompts[3] + 2 * 40)
+    collected()
+    assert need * 0.9 < bytes_of(tmp_path) < need * 1.1
+    free[0] = 0
+    collected()
+
+
+def test_answers_that_no_prompt_leaves_room_for_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around, one = len("<user>abc\n%<assistant>"), len("<user>one\n%<assistant>")
+    monkeypatch.setattr(tiny(), "max_length", 60)
+    room = 60 - around
+    fits = PromptRecipe(written=1, beginnings=("abc", ""), message_tokens=room - 5, answer_tokens=5)
+    for wrong, said in (
+        (
+            {"message_tokens": room - 4},
+            rf"prompts.message_tokens={room - 4} and prompts.answer_tokens=5 .* 60",
+        ),
+        (
+            {"answer_tokens": 8192},
+            r"prompts.answer_tokens=8192 exceed.* that random-llama can read: lower one",
+        ),
+        (
+            {"answer_tokens": 61 - one, "written": 0},
+            rf"={61 - one} exceeds, behind .* {one} tokens, the 60 .*lower",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            collect(tiny(), Chatty(), ONE, replace(fits, **wrong), tmp_path / "none", (), ())
+    assert not (tmp_path / "none").exists()
+    for recipe in (fits, replace(fits, written=0, answer_tokens=60 - one)):
+        assert collect(tiny(), Chatty(), ONE, recipe, tmp_path / str(recipe.written), (), ())
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
