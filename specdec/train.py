@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,15 @@ def _run(cfg: DictConfig, out: Path, overrides: list[str]) -> Path:
     console.print(Text(f"target: {target_line(target, cfg)}"), soft_wrap=True)
     chat = cfg.data.chat if cfg.get("data") else None
     shards = ready or lead(lambda: answers(loaded, target, conversations, prompts, out, recipe, chat))
-    record = trained(cfg, target, shards, recipe, prompts, file, console)
-    record |= {"config": config, "environment": {**environment(sys.argv), "overrides": overrides}}
-    if place()[0] == 0:
-        write_text(json_text(record, indent=1), out / "train.json")
+
+    def keep(record: dict[str, Any]) -> None:
+        """The record comes last: the folder that has one is done with."""
+        about = {"config": config, "environment": {**environment(sys.argv), "overrides": overrides}}
         logger.log_training(config, record["curve"], str(out))
-    table = result_table(best_row(record["curve"]), read_head(file, recipe.kind)[0]["accuracy_KR"])
+        write_text(json_text(record | about, indent=1), out / "train.json")
+
+    curve = trained(cfg, target, shards, recipe, prompts, file, console, keep)
+    table = result_table(best_row(curve), read_head(file, recipe.kind)[0]["accuracy_KR"])
     console.print(table)
     console.print(Text(f"use it: {command(recipe, file, overrides)}"), soft_wrap=True)
     return file
@@ -132,13 +136,19 @@ def trained(
     prompts: PromptRecipe,
     file: Path,
     console: Console,
-) -> dict[str, Any]:
-    """Train; returns the curve, and what it took."""
+    keep: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Train; returns the curve. Before the training's state is given up, `keep` gets it, and what it took."""
     file.parent.mkdir(parents=True, exist_ok=True)
     memory, began = PeakMemory(target.device), time.monotonic()
     memory.reset()
+
+    def end(curve: list[dict[str, Any]]) -> None:
+        took = {"seconds": time.monotonic() - began, "resumed_at_step": show.done, "processes": place()[1]}
+        keep({"curve": curve, **took, "peak_memory_mb": memory.peak_mb()})
+
     with Screen(console, recipe.kind) as show:
-        curve = train(
+        return train(
             target,
             shards,
             recipe,
@@ -147,9 +157,8 @@ def trained(
             stored=prompts.store_features,
             begin=show.begin,
             report=show.report,
+            end=end,
         )
-    took = {"seconds": time.monotonic() - began, "resumed_at_step": show.done, "processes": place()[1]}
-    return {"curve": curve, **took, "peak_memory_mb": memory.peak_mb()}
 
 
 def command(recipe: Recipe, file: Path, overrides: list[str]) -> str:

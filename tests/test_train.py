@@ -12,7 +12,9 @@ from answers import weights
 
 from specdec import train
 from specdec.config import load_config
+from specdec.logger import Silent
 from specdec.train import keep_compiled_products, keep_freed_memory, run
+from specdec.training.loop import _Run
 
 COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
 COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=32", "prompts.batch=2", "threads=1"]
@@ -50,6 +52,28 @@ def test_the_command_trains_and_says_what_it_does(
     assert "is trained already" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"head.lr is 0.001 there, 0.5 here: choose another out="):
         run(load_config([*words, "head.lr=0.5"], "train"))
+
+
+@pytest.mark.parametrize(("where", "name"), [(train, "write_text"), (Silent, "log_training")])
+def test_a_training_whose_record_fails_is_not_made_again(
+    where: object, name: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, out, logged = [*COMMAND, asked, f"out={tmp_path / 'heads'}"], tmp_path / "heads", []
+
+    def fails(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, fails)
+        with pytest.raises(OSError, match="full"):
+            run(load_config(words, "train"))
+    head = weights(out / "heads.safetensors")
+    monkeypatch.setattr(_Run, "_step", fails)
+    monkeypatch.setattr(Silent, "log_training", lambda _, config, curve, folder: logged.append(curve))
+    run(load_config(words, "train"))
+    assert weights(out / "heads.safetensors") == head
+    assert logged == [json.loads((out / "train.json").read_text())["curve"]]
+    assert not list(out.glob("*.state"))
 
 
 def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -> None:

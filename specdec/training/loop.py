@@ -43,6 +43,7 @@ class Progress:
 
 Begin = Callable[[Estimate], None]
 Report = Callable[[Progress], None]
+End = Callable[[list[dict[str, Any]]], None]
 
 
 def train(
@@ -55,12 +56,14 @@ def train(
     stored: bool = True,
     begin: Begin = lambda estimate: None,
     report: Report = lambda progress: None,
+    end: End = lambda curve: None,
 ) -> list[dict[str, Any]]:
     """Train a head on the shards, write the best epoch's to `out`; returns the curve, a row a step or epoch.
 
     Best is what drafts most tokens per step on held-out prompts, in the real loop. Resumes from the .state
     beside `out`; stopping and going on gives the same curve and the same weights, bit for bit on a CPU.
     stored  read the features that the shards hold; False: have the target compute them in every epoch
+    end     is given the curve before the state goes: where that fails, the same call trains no step again
     ValueError: damaged shards, or another target's; a .state that was begun with other settings
     FloatingPointError: the loss is no number any more
     """
@@ -78,7 +81,7 @@ def train(
             run.save(state)
         else:
             run.go_on(state, report)
-    lead(lambda: _finish(out))
+    lead(lambda: _finish(out, lambda: end(run.curve)))
     return run.curve
 
 
@@ -94,10 +97,11 @@ def _split(shards: list[Path], recipe: Recipe, taps: tuple[Tap, ...], stored: bo
     return training, held_out
 
 
-def _finish(out: Path) -> None:
+def _finish(out: Path, end: Callable[[], None]) -> None:
     """In this order, a kill in between costs nothing."""
     if (best := out.with_suffix(".best")).exists():
         best.replace(out)
+    end()
     for leftover in (".latest", ".state"):
         out.with_suffix(leftover).unlink(missing_ok=True)
 
