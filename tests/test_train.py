@@ -37,7 +37,9 @@ def test_the_command_trains_and_says_what_it_does(
     said = capsys.readouterr().out
     for part in ("1 of them repeated", "target: random-llama", "M parameters", "memory: ", "tokens/s"):
         assert part in said
-    assert said.index("memory: ") < said.index("accepted by depth") < said.index("top-1")
+    assert (
+        said.index("memory: ") < said.index("time: ") < said.index("accepted by depth") < said.index("top-1")
+    )
     heads = f"proposer=eagle3 proposer.heads={file}"
     assert f"use it: python -m specdec.run target=random {heads}\n" in said
     assert not {"heads.state", "heads.best", "heads.latest"} & {f.name for f in file.parent.iterdir()}

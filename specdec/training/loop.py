@@ -10,6 +10,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..files import atomically
 from ..shards import expect_answers_of, read_shard
 from ..target import HFTarget, Tap
 from ..transfer import in_dtype
-from .estimate import Estimate, memory
+from .estimate import Estimate, memory, seconds
 from .heldout import HeldOut, acceptance
 from .processes import lead, place, sum_in_place, summed
 from .recipe import DTYPES, Recipe
@@ -158,19 +159,17 @@ class _Run:
         return self.step >= self.total or 0 < self.recipe.patience <= worse
 
     def estimate(self) -> Estimate:
-        """Of time and memory; runs one forward, of the batch with the longest texts."""
+        """Of memory and time; runs two forwards of the batch with the longest texts, and times the second."""
         texts = self.texts
         groups = texts.groups(self.recipe.rows, torch.Generator())
-        batch = texts.batch(self.target, max(groups, key=lambda g: max(len(texts.tokens[i]) for i in g)))
-        held = memory(
-            self.target.model,
-            self.head,
-            self.running,
-            texts.features,
-            lambda: self.recipe.loss(self.running, self.target, batch),
-        )
+        longest = max(groups, key=lambda group: max(len(texts.tokens[i]) for i in group))
+        read = partial(texts.batch, self.target, longest)
+        loss = partial(self.recipe.loss, self.running, self.target)
+        batch = read()
+        held = memory(self.target.model, self.head, self.running, texts.features, lambda: loss(batch))
+        step = self.recipe.accumulate * seconds(read, loss)
         trained = sum(p.numel() for p in self.parameters)
-        return Estimate(len(texts), texts.said, trained, self.total, self.step, held)
+        return Estimate(len(texts), texts.said, trained, self.total, self.step, held, step)
 
     def go_on(self, state: Path, report: Report) -> None:
         """Train up to the end of the epoch."""
