@@ -8,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from answers import weights
+from answers import LONGEST, collected, weights
+from models import tiny
 
 from specdec import train
 from specdec.config import load_config
 from specdec.logger import Silent
-from specdec.train import keep_compiled_products, keep_freed_memory, run
+from specdec.train import asked_for, keep_compiled_products, keep_freed_memory, run
 from specdec.training.loop import _Run
 
 COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
@@ -87,6 +88,24 @@ def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -
         run(load_config([*again, "data=demo", f"out={tmp_path / 'three'}"], "train"))
     with pytest.raises(ValueError, match=rf"shards={tmp_path} holds no answers-.*out=FOLDER"):
         run(load_config([*again[:-1], f"shards={tmp_path}", f"out={tmp_path / 'three'}"], "train"))
+
+
+def test_shards_are_not_taken_for_what_other_settings_would_give(tmp_path: Path) -> None:
+    files = collected(tiny(), tmp_path)
+
+    def asked(*given: str) -> tuple[list[Path], list]:
+        words = [f"shards={tmp_path}", *given]
+        return asked_for(load_config(words, "train"), words)
+
+    true = f"prompts.answer_tokens={LONGEST}", "prompts.temperature=0", "prompts.store_features=false"
+    assert asked(*true) == asked() == (files, [])
+    for given, said in {
+        "prompts.temperature=0.7": r".*-00000.* was made with prompts.temperature=0.0: leave it out",
+        "prompts.seed=3": r".* was made with prompts.seed=0",
+        "prompts.written=9": r".* does not say its prompts.written: leave it out, or leave shards= out",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{given}{said}"):
+            asked(*true, given)
 
 
 def test_what_is_wrong_is_said_before_anything_is_answered(asked: str, tmp_path: Path) -> None:
