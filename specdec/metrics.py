@@ -86,6 +86,12 @@ def latency(requests: Requests) -> dict[str, float | None]:
     return milliseconds([r.latency for r in requests if r.burst_times], (50, 90))
 
 
+def times(requests: Requests) -> dict[str, dict[str, Any]]:
+    """What a client waits for, in ms: `ttft`, `tpot`, `latency` and `itl`."""
+    kinds = {"ttft_ms": ttft, "tpot_ms": tpot, "latency_ms": latency, "itl_ms": itl}
+    return {name: kind(requests) for name, kind in kinds.items()}
+
+
 def milliseconds(
     seconds: Collection[float], percents: Sequence[int], weights: np.ndarray | None = None
 ) -> dict[str, float | None]:
@@ -145,16 +151,11 @@ def summarise(
         "acceptance_histogram": acceptance_histogram(steps),
         "tokens_per_second": throughput,
         "speedup": {name: speedup(method, baseline) for name, baseline in baselines.items()},
-        "ttft_ms": ttft(method),
-        "tpot_ms": tpot(method),
-        "latency_ms": latency(method),
-        "itl_ms": itl(method),
+        **times(method),
         "time_split_ms_per_step": split,
         "usd_per_million_tokens": cost(throughput, price_per_hour),
         "joules_per_token": joules_per_token(method),
-        "peak_memory_mb": max(
-            (r.peak_memory_mb for r in method if r.peak_memory_mb is not None), default=None
-        ),
+        "peak_memory_mb": peak_memory_mb(method),
         "lossless": lossless,
         "by_category": by_category(method, baselines),
     }
@@ -193,6 +194,11 @@ def joules_per_token(requests: Requests) -> float | None:
     joules = [r.energy_joules for r in requests if r.energy_joules is not None]
     tokens = sum(len(r.tokens) for r in requests)
     return math.fsum(joules) / tokens if tokens and len(joules) == len(requests) else None
+
+
+def peak_memory_mb(requests: Requests) -> float | None:
+    """The highest of all requests; None where none knows it."""
+    return max((r.peak_memory_mb for r in requests if r.peak_memory_mb is not None), default=None)
 
 
 def steps_of(requests: Iterable[RequestRecord]) -> list[StepRecord]:

@@ -1,26 +1,21 @@
-"""Training data from the target itself: prompts it writes, the answers it gives, and what its layers held.
+"""Training data from the target itself: the answers it gives, and what its layers held.
 
 Shapes: B batch, N nodes, C taps side by side, D width.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from .accept import Match
 from .data import digest
 from .decode import Sequence, decode
-from .files import write_text
 from .proposers.none import NoDraft
 from .rng import Philox
 from .sampling import Sampling
@@ -29,8 +24,8 @@ from .target import HFTarget, Tap, TargetOutput
 from .tree import TokenTree, Verdict
 from .trees import Chain
 
-MARK = "\x1fwrite here\x1f"
 GREEDY = Sampling()
+Advance = Callable[[int, int], None]  # texts and tokens that came to be
 
 
 class Recorder(NoDraft):
@@ -55,105 +50,6 @@ class Recorder(NoDraft):
         return torch.cat([taps[tap] for tap in self.needs_hidden], dim=-1).to("cpu", torch.bfloat16)
 
 
-def write_prompts(
-    target: HFTarget,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    count: int,
-    *,
-    beginnings: list[str],
-    batch: int = 32,
-    longest: int = 96,
-    seed: int = 0,
-) -> list[str]:
-    """User messages that the target writes itself, sampled from its chat template's opening; no two alike.
-
-    beginnings  first words of the messages, taken in turn; "" leaves them to the target
-
-    Messages that do not end within `longest` tokens are dropped, so somewhat fewer than `count` come back.
-    Each batch is kept in `folder`, and not written again.
-    ValueError: a batch there is damaged, or was written with other settings.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = _beginnings(folder, count, beginnings, batch)
-    settings = {file: _settings(target, seed, longest, starts) for file, starts in asked.items()}
-    written = {file: _read_prompts(file, settings[file]) for file in asked if file.exists()}
-    missing = [file for file in asked if file not in written]
-    proposer, stop_ids = NoDraft(target, Chain()), (tokenizer.eos_token_id,)
-    with _bar("prompts by the target", sum(len(asked[file]) for file in missing)) as advance:
-        for file in missing:
-            seqs = [
-                Sequence(i, chat_opening(tokenizer, words), longest, Philox(seed), stop_ids)
-                for i, words in asked[file].items()
-            ]
-            _run(target, proposer, Sampling(temperature=1.0, top_k=64), seqs, advance)
-            written[file] = _finished(tokenizer, list(asked[file].values()), seqs)
-            content = settings[file] | {"prompts": written[file]}
-            write_text(json.dumps(content, ensure_ascii=False, indent=0), file)
-    texts = [text for file in asked for text in written[file]]
-    kept = list(dict.fromkeys(texts))
-    if count:
-        _say(
-            f"prompts by the target: {count} begun, {len(texts)} ended within {longest} tokens, "
-            f"{len(texts) - len(kept)} of them were there already"
-        )
-    return kept
-
-
-def _beginnings(folder: Path, count: int, beginnings: list[str], batch: int) -> dict[Path, dict[int, str]]:
-    """The first words of each batch's messages, by their numbers, under the batch's file."""
-    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
-    return {
-        folder / f"prompts-{numbers[0]:06d}.json": {i: beginnings[i % len(beginnings)] for i in numbers}
-        for numbers in batches
-    }
-
-
-def _settings(target: HFTarget, seed: int, longest: int, starts: dict[int, str]) -> dict[str, Any]:
-    """What messages depend on, under the names of overrides; `starts`: their first words by their numbers."""
-    return {
-        "target": target.fingerprint,
-        "prompts.seed": seed,
-        "prompts.message_tokens": longest,
-        "messages begun (prompts.written, prompts.batch)": len(starts),
-    } | {f"prompts.beginnings of message {i}": words for i, words in starts.items()}
-
-
-def _read_prompts(file: Path, settings: dict[str, Any]) -> list[str]:
-    """The prompts of a file. ValueError: damaged, or written with other settings."""
-    try:
-        there = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no list of prompts ({error}): delete it to have others") from error
-    known = there if isinstance(there, dict) else {}  # a bare list of an earlier version says nothing
-    for name, new in settings.items():
-        if (old := known.get(name, "unknown")) != new:
-            raise ValueError(
-                f"{file} was written with {name}={old!r}, not {new!r}: give the same, delete it, or "
-                "give another out=FOLDER"
-            )
-    return known["prompts"]
-
-
-def _finished(tokenizer: PreTrainedTokenizerBase, starts: list[str], seqs: list[Sequence]) -> list[str]:
-    texts = [
-        words + tokenizer.decode(s.new_tokens, skip_special_tokens=True)
-        for s, words in zip(seqs, starts, strict=True)
-        if s.finish == "stop"
-    ]
-    return [text.strip() for text in texts if text.strip()]
-
-
-def chat_opening(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Token ids of the chat template up to the first user message, and its first words."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the target has no chat template to write prompts from: prompts.written=0, and prompts with data="
-        )
-    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    return tokenizer.encode(text.partition(MARK)[0] + words, add_special_tokens=False)
-
-
 def write_answers(
     target: HFTarget,
     prompts: list[list[int]],
@@ -170,7 +66,7 @@ def write_answers(
 
     With `taps`, shards hold what those layers held. A prompt is answered once, however often it is given, and
     not where it leaves no room for `longest` tokens.
-    ValueError: shards there are damaged, of other settings or another target. OSError: too little disk.
+    ValueError: shards there are damaged, of other settings or another target.
     """
     folder.mkdir(parents=True, exist_ok=True)
     origin = Origin(target.name, target.fingerprint, longest, sampling.temperature, seed)
@@ -178,14 +74,13 @@ def write_answers(
     fitting = [p for p in different if len(p) + longest <= target.max_length]
     there = _answered(target, folder, origin, taps)
     missing = sorted((p for p in fitting if p not in there), key=len)
-    _say(
+    say(
         f"answers: {len(prompts)} prompts, {len(prompts) - len(different)} of them repeated, "
         f"{len(different) - len(fitting)} too long, {len(fitting) - len(missing)} answered already"
     )
-    _check_disk(target, missing, longest, taps, folder)
     names = _free_names(folder)
     proposer = Recorder(target, taps) if taps else NoDraft(target, Chain())
-    with _bar("answers of the target", len(missing)) as advance:
+    with bar("answers of the target", len(missing)) as advance:
         for first in range(0, len(missing), batch):
             # Numbered by what they are asked: a sampled answer depends on nothing else that is.
             seqs = [
@@ -224,24 +119,6 @@ def _expect_same_settings(origin: Origin, there: Origin, file: Path) -> None:
         )
 
 
-def _check_disk(
-    target: HFTarget, prompts: list[tuple[int, ...]], longest: int, taps: tuple[Tap, ...], folder: Path
-) -> None:
-    """Say what the shards take, were every answer as long as it may be. OSError unless that is free."""
-    width = 2 * len(taps) * target.config.hidden_size
-    need, free = sum(len(p) + longest for p in prompts) * (4 + width), shutil.disk_usage(folder).free
-    if need > free:
-        raise OSError(
-            f"{len(prompts)} answers may take {need / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB "
-            "free: out=ANOTHER_DISK, fewer prompts, or prompts.store_features=false"
-        )
-    if prompts:
-        _say(
-            f"{len(prompts)} answers of up to {longest} tokens take up to {need / 2**30:.2f} GiB of the "
-            f"{free / 2**30:.1f} GiB free in {folder}"
-        )
-
-
 def _answer(
     target: HFTarget,
     proposer: NoDraft,
@@ -249,9 +126,9 @@ def _answer(
     taps: tuple[Tap, ...],
     sampling: Sampling,
     origin: Origin,
-    advance: Callable[[int, int], None],
+    advance: Advance,
 ) -> Shard:
-    _run(target, proposer, sampling, seqs, advance)
+    run(target, proposer, sampling, seqs, advance)
     return Shard(
         torch.tensor([t for s in seqs for t in s.tokens], dtype=torch.int32),
         torch.tensor([len(s.tokens) for s in seqs]),
@@ -262,20 +139,21 @@ def _answer(
     )
 
 
-def _run(
+def run(
     target: HFTarget,
     proposer: NoDraft,
     sampling: Sampling,
     seqs: list[Sequence],
-    advance: Callable[[int, int], None],
+    advance: Advance,
 ) -> None:
+    """Decode the sequences to their ends."""
     for rows in decode(target, proposer, Match(), sampling, seqs):
         advance(sum(seq.done for seq, _ in rows), sum(record.kept for _, record in rows))
 
 
 @contextmanager
-def _bar(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yields what to call with texts and tokens that came to be; nothing is shown where there are none."""
+def bar(description: str, total: int) -> Iterator[Advance]:
+    """Shows how many of `total` texts there are, as long as it is open; nothing where there are none."""
     columns = TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("{task.fields[speed]}"), disable=not total) as bar:
         bar.add_task("", total=total, speed="")
@@ -290,5 +168,6 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line as it is."""
     Console().print(Text(line), soft_wrap=True)

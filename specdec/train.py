@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .loading import Loaded
 from .logger import flat
 from .proposers.headfile import read_head
 from .run import check_command, errors_in_one_line, target_line, use_threads
-from .shards import shard_files
+from .shards import read_shard, settings_of, shard_files
 from .store import json_text
 from .target import HFTarget
 from .training.collect import PromptRecipe, collect
@@ -47,7 +48,7 @@ GIB = 2**30
 def run(cfg: DictConfig, out: str | None = None, overrides: list[str] | None = None) -> Path:
     """Collect answers, train, report; returns the file of the head, in `out`, else the config's folder.
 
-    overrides  what was asked for, for the record
+    overrides  what was asked for: for the record, and to tell a setting from a default
     """
     keep_freed_memory()
     keep_compiled_products()
@@ -63,18 +64,21 @@ def _run(cfg: DictConfig, out: Path, overrides: list[str]) -> Path:
     if trained_already(out, config):
         console.print(Text(f"{file} is trained already: choose another out= to train again"), soft_wrap=True)
         return file
-    ready, conversations = asked_for(cfg)
+    ready, conversations = asked_for(cfg, overrides)
     loaded = load_target(cfg)
     target = as_target(loaded)
     console.print(Text(f"target: {target_line(target, cfg)}"), soft_wrap=True)
     chat = cfg.data.chat if cfg.get("data") else None
     shards = ready or lead(lambda: answers(loaded, target, conversations, prompts, out, recipe, chat))
-    record = trained(cfg, target, shards, recipe, prompts, file, console)
-    record |= {"config": config, "environment": {**environment(sys.argv), "overrides": overrides}}
-    if place()[0] == 0:
-        write_text(json_text(record, indent=1), out / "train.json")
+
+    def keep(record: dict[str, Any]) -> None:
+        """The record comes last: the folder that has one is done with."""
+        about = {"config": config, "environment": {**environment(sys.argv), "overrides": overrides}}
         logger.log_training(config, record["curve"], str(out))
-    table = result_table(best_row(record["curve"]), read_head(file, recipe.kind)[0]["accuracy_KR"])
+        write_text(json_text(record | about, indent=1), out / "train.json")
+
+    curve = trained(cfg, target, shards, recipe, prompts, file, console, keep)
+    table = result_table(best_row(curve), read_head(file, recipe.kind)[0]["accuracy_KR"])
     console.print(table)
     console.print(Text(f"use it: {command(recipe, file, overrides)}"), soft_wrap=True)
     return file
@@ -95,8 +99,11 @@ def trained_already(out: Path, config: dict[str, Any]) -> bool:
     return True
 
 
-def asked_for(cfg: DictConfig) -> tuple[list[Path], list[Conversation]]:
-    """Shards that are there, or the prompts of data= to have answered. ValueError: no shards, or both."""
+def asked_for(cfg: DictConfig, overrides: list[str]) -> tuple[list[Path], list[Conversation]]:
+    """Shards that are there, or the prompts of data= to have answered.
+
+    ValueError: no shards, or both; shards with overrides of prompts.* that they do not follow.
+    """
     data = cfg.get("data")
     if cfg.shards is None:
         return [], load_conversations(cfg) if data else []
@@ -106,7 +113,23 @@ def asked_for(cfg: DictConfig) -> tuple[list[Path], list[Conversation]]:
         raise ValueError(
             f"shards={cfg.shards} holds no answers-*.safetensors, expected the out=FOLDER of another training"
         )
+    keys = [word.lstrip("+").partition("=")[0] for word in overrides]
+    for key in (key for key in keys if key.startswith("prompts.") and key != "prompts.store_features"):
+        expect_followed(key, OmegaConf.select(cfg, key), files)
     return files, []
+
+
+def expect_followed(key: str, value: Any, files: list[Path]) -> None:
+    """ValueError: the answers of some shard were not made with this setting, or know no such one."""
+    for file in files:
+        origin = read_shard(file).origin
+        known = settings_of(origin) if origin.fingerprint else {}
+        if known.get(key) != value:
+            made = f"was made with {key}={known[key]}" if key in known else f"does not say its {key}"
+            raise ValueError(
+                f"{key}={value} is for answers that are still to be made, {file} {made}: leave it out, or "
+                "leave shards= out"
+            )
 
 
 def answers(
@@ -132,13 +155,19 @@ def trained(
     prompts: PromptRecipe,
     file: Path,
     console: Console,
-) -> dict[str, Any]:
-    """Train; returns the curve, and what it took."""
+    keep: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Train; returns the curve. Before the training's state is given up, `keep` gets it, and what it took."""
     file.parent.mkdir(parents=True, exist_ok=True)
     memory, began = PeakMemory(target.device), time.monotonic()
     memory.reset()
+
+    def end(curve: list[dict[str, Any]]) -> None:
+        took = {"seconds": time.monotonic() - began, "resumed_at_step": show.done, "processes": place()[1]}
+        keep({"curve": curve, **took, "peak_memory_mb": memory.peak_mb()})
+
     with Screen(console, recipe.kind) as show:
-        curve = train(
+        return train(
             target,
             shards,
             recipe,
@@ -147,9 +176,8 @@ def trained(
             stored=prompts.store_features,
             begin=show.begin,
             report=show.report,
+            end=end,
         )
-    took = {"seconds": time.monotonic() - began, "resumed_at_step": show.done, "processes": place()[1]}
-    return {"curve": curve, **took, "peak_memory_mb": memory.peak_mb()}
 
 
 def command(recipe: Recipe, file: Path, overrides: list[str]) -> str:

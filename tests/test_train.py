@@ -8,11 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from answers import weights
+from answers import LONGEST, collected, weights
+from models import tiny
 
 from specdec import train
 from specdec.config import load_config
-from specdec.train import keep_compiled_products, keep_freed_memory, run
+from specdec.logger import Silent
+from specdec.train import asked_for, keep_compiled_products, keep_freed_memory, run
+from specdec.training.loop import _Run
 
 COMMAND = ["target=random", "head=eagle3", "prompts.written=0", "prompts.answer_tokens=12", "data=jsonl"]
 COMMAND += ["head.vocab=64", "head.epochs=2", "head.rows=32", "prompts.batch=2", "threads=1"]
@@ -35,7 +38,9 @@ def test_the_command_trains_and_says_what_it_does(
     said = capsys.readouterr().out
     for part in ("1 of them repeated", "target: random-llama", "M parameters", "memory: ", "tokens/s"):
         assert part in said
-    assert said.index("memory: ") < said.index("accepted by depth") < said.index("top-1")
+    assert (
+        said.index("memory: ") < said.index("time: ") < said.index("accepted by depth") < said.index("top-1")
+    )
     heads = f"proposer=eagle3 proposer.heads={file}"
     assert f"use it: python -m specdec.run target=random {heads}\n" in said
     assert not {"heads.state", "heads.best", "heads.latest"} & {f.name for f in file.parent.iterdir()}
@@ -52,6 +57,28 @@ def test_the_command_trains_and_says_what_it_does(
         run(load_config([*words, "head.lr=0.5"], "train"))
 
 
+@pytest.mark.parametrize(("where", "name"), [(train, "write_text"), (Silent, "log_training")])
+def test_a_training_whose_record_fails_is_not_made_again(
+    where: object, name: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, out, logged = [*COMMAND, asked, f"out={tmp_path / 'heads'}"], tmp_path / "heads", []
+
+    def fails(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, fails)
+        with pytest.raises(OSError, match="full"):
+            run(load_config(words, "train"))
+    head = weights(out / "heads.safetensors")
+    monkeypatch.setattr(_Run, "_step", fails)
+    monkeypatch.setattr(Silent, "log_training", lambda _, config, curve, folder: logged.append(curve))
+    run(load_config(words, "train"))
+    assert weights(out / "heads.safetensors") == head
+    assert logged == [json.loads((out / "train.json").read_text())["curve"]]
+    assert not list(out.glob("*.state"))
+
+
 def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -> None:
     run(load_config([*COMMAND, asked, f"out={tmp_path / 'one'}"], "train"))
     again = ["target=random", "head=medusa", "head.vocab=64", "head.epochs=1", f"shards={tmp_path / 'one'}"]
@@ -61,6 +88,24 @@ def test_two_heads_are_trained_on_the_same_answers(asked: str, tmp_path: Path) -
         run(load_config([*again, "data=demo", f"out={tmp_path / 'three'}"], "train"))
     with pytest.raises(ValueError, match=rf"shards={tmp_path} holds no answers-.*out=FOLDER"):
         run(load_config([*again[:-1], f"shards={tmp_path}", f"out={tmp_path / 'three'}"], "train"))
+
+
+def test_shards_are_not_taken_for_what_other_settings_would_give(tmp_path: Path) -> None:
+    files = collected(tiny(), tmp_path)
+
+    def asked(*given: str) -> tuple[list[Path], list]:
+        words = [f"shards={tmp_path}", *given]
+        return asked_for(load_config(words, "train"), words)
+
+    true = f"prompts.answer_tokens={LONGEST}", "prompts.temperature=0", "prompts.store_features=false"
+    assert asked(*true) == asked() == (files, [])
+    for given, said in {
+        "prompts.temperature=0.7": r".*-00000.* was made with prompts.temperature=0.0: leave it out",
+        "prompts.seed=3": r".* was made with prompts.seed=0",
+        "prompts.written=9": r".* does not say its prompts.written: leave it out, or leave shards= out",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{given}{said}"):
+            asked(*true, given)
 
 
 def test_what_is_wrong_is_said_before_anything_is_answered(asked: str, tmp_path: Path) -> None:

@@ -7,19 +7,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from answers import EAGLE, MEDUSA, RECIPES, STEPS, TAPS, collected
+from answers import EAGLE, MEDUSA, RECIPES, TAPS, collected
 from models import VOCAB, cyclic, tiny
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.onpolicy import write_answers
 from specdec.proposers.medusa_heads import MedusaHeads, token_embeddings
+from specdec.training import heldout
 from specdec.training.eagle3 import Eagle3Recipe
-from specdec.training.estimate import kept_for_backward
 from specdec.training.heads import OBJECTIVES, HeadRecipe
 from specdec.training.loop import best_row, train
 from specdec.training.medusa import MedusaRecipe
@@ -107,6 +107,18 @@ def test_held_out_shards_are_not_trained_on_and_of_all_lengths() -> None:
         assert sorted(training + held_out) == files
     assert split(files, 1)[1] == [files[5]]
     assert split(files, 2)[1] == [files[2], files[7]]
+
+
+@pytest.mark.parametrize("count", [5, 12, 13, 23, 31])
+def test_drafts_are_tried_on_prompts_from_all_over_the_texts(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, prompt = [], torch.zeros(3, dtype=torch.int64)
+    monkeypatch.setattr(heldout, "decode", lambda *rest: tried.extend(seq.request for seq in rest[-1]) or [])
+    heldout.acceptance(tiny(), None, Texts([prompt] * count, [1] * count, [], ()))
+    gaps = [after - before for before, after in pairwise([*tried, count])]
+    assert (tried[0], len(tried)) == (0, min(heldout.PROMPTS, count))
+    assert max(gaps) - min(gaps) <= 1
 
 
 def plain_kl(p: list[float], q: list[float]) -> float:
@@ -235,36 +247,3 @@ def test_wrong_settings_are_refused(shards: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was written by random-llama .* this target is .*shards=FOLDER"):
         train(cyclic(), shards, MEDUSA, out)
     assert not list(tmp_path.iterdir())
-
-
-class Product(nn.Module):
-    """Keeps x of 100 floats and y of 10 for its backward, beside a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(100))
-
-    def loss(self) -> Tensor:
-        x, y = torch.ones(100), torch.ones(10, requires_grad=True)
-        return (self.weight * x).sum() * (y * y).sum().exp()
-
-
-def test_what_a_backward_keeps_is_counted_once_and_without_the_weights() -> None:
-    product = Product()
-    scalars = 2 * 4 + 4  # both factors of the product, and what exp gave, which is one of them
-    kept = kept_for_backward(product.loss, {product.weight.data_ptr()})
-    assert 4 * (100 + 10) < kept <= 4 * (100 + 10) + scalars
-
-
-def test_an_estimate_comes_first_and_counts_what_there_is(shards: list[Path], tmp_path: Path) -> None:
-    events, out = [], tmp_path / "heads.safetensors"
-    train(tiny(), shards, EAGLE, out, begin=events.append, report=events.append)
-    first, texts = events[0], Texts.load(split(shards, 1)[0], TAPS)
-    assert (first.texts, first.said, first.steps, first.done) == (16, texts.said, 2 * STEPS, 0)
-    assert first.memory["target"] == sum(p.nbytes for p in tiny().model.parameters())
-    assert first.memory["features"] == sum(rows.nbytes for rows in texts.features)
-    stored = load_file(out)
-    trained = {n: t for n, t in stored.items() if n != "tokens_U"}
-    assert first.parameters == sum(t.numel() for t in trained.values())
-    assert first.memory["gradients and moments"] == 4 * 4 * first.parameters
-    assert first.memory["a batch"] > 0

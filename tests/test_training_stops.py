@@ -103,7 +103,7 @@ def half_written(path: Path, _: object) -> None:
     path.with_name(path.name + ".part").write_bytes(b"half")
 
 
-def named_but_not_cleaned_up(out: Path) -> None:
+def named_but_not_cleaned_up(out: Path, _: object) -> None:
     out.with_suffix(".best").replace(out)
 
 
@@ -112,7 +112,7 @@ def named_but_not_cleaned_up(out: Path) -> None:
     [
         ("acceptance", lambda *_: None),
         ("atomically", half_written),
-        ("_finish", lambda _: None),
+        ("_finish", lambda *_: None),
         ("_finish", named_but_not_cleaned_up),
     ],
 )

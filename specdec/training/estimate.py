@@ -1,20 +1,25 @@
 """What a training takes, said before it starts."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """What there is to do, and the memory for it.
+    """What there is to do, and the memory and time for it.
 
     texts, said  to train on; tokens of theirs that the target said
     parameters   of the head that are trained
     steps, done  of the whole training; those that were made before it was stopped
     memory       bytes by what they hold; the batch's are what its backward keeps, counted in a forward
+    seconds      of a step whose batches all hold the longest texts, roughly: see `seconds`
     """
 
     texts: int
@@ -23,6 +28,7 @@ class Estimate:
     steps: int
     done: int
     memory: dict[str, int]
+    seconds: float
 
 
 def memory(
@@ -39,6 +45,18 @@ def memory(
         "features": _bytes(features),
         "a batch": kept_for_backward(loss, {t.data_ptr() for t in _held(running)}),
     }
+
+
+def seconds(read: Callable[[], T], loss: Callable[[T], Tensor]) -> float:
+    """Of a batch, read and trained on: its forward is timed, a backward takes about two of them.
+
+    What runs for the first time is compiled for its shapes, so it should have run before.
+    """
+    began = time.monotonic()
+    batch = read()
+    forward = time.monotonic()
+    loss(batch).item()  # waits for the device
+    return forward - began + 3 * (time.monotonic() - forward)
 
 
 def kept_for_backward(loss: Callable[[], Tensor], known: set[int]) -> int:

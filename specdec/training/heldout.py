@@ -25,7 +25,8 @@ class HeldOut:
 
 def acceptance(target: HFTarget, proposer: Proposer, texts: Texts) -> HeldOut:
     """Answer a few prompts, spread over the texts, with the proposer's drafts."""
-    chosen = range(0, len(texts), max(1, len(texts) // PROMPTS))[:PROMPTS]
+    few = min(PROMPTS, len(texts))
+    chosen = [i * len(texts) // few for i in range(few)]
     seqs = [_request(texts.tokens[i].tolist(), texts.prompts[i], i) for i in chosen]
     records: list[StepRecord] = []
     for rows in decode(target, proposer, Match(), Sampling(), seqs):

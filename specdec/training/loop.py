@@ -10,6 +10,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..files import atomically
 from ..shards import expect_answers_of, read_shard
 from ..target import HFTarget, Tap
 from ..transfer import in_dtype
-from .estimate import Estimate, memory
+from .estimate import Estimate, memory, seconds
 from .heldout import HeldOut, acceptance
 from .processes import lead, place, sum_in_place, summed
 from .recipe import DTYPES, Recipe
@@ -43,6 +44,7 @@ class Progress:
 
 Begin = Callable[[Estimate], None]
 Report = Callable[[Progress], None]
+End = Callable[[list[dict[str, Any]]], None]
 
 
 def train(
@@ -55,12 +57,14 @@ def train(
     stored: bool = True,
     begin: Begin = lambda estimate: None,
     report: Report = lambda progress: None,
+    end: End = lambda curve: None,
 ) -> list[dict[str, Any]]:
     """Train a head on the shards, write the best epoch's to `out`; returns the curve, a row a step or epoch.
 
     Best is what drafts most tokens per step on held-out prompts, in the real loop. Resumes from the .state
     beside `out`; stopping and going on gives the same curve and the same weights, bit for bit on a CPU.
     stored  read the features that the shards hold; False: have the target compute them in every epoch
+    end     is given the curve before the state goes: where that fails, the same call trains no step again
     ValueError: damaged shards, or another target's; a .state that was begun with other settings
     FloatingPointError: the loss is no number any more
     """
@@ -78,7 +82,7 @@ def train(
             run.save(state)
         else:
             run.go_on(state, report)
-    lead(lambda: _finish(out))
+    lead(lambda: _finish(out, lambda: end(run.curve)))
     return run.curve
 
 
@@ -94,10 +98,11 @@ def _split(shards: list[Path], recipe: Recipe, taps: tuple[Tap, ...], stored: bo
     return training, held_out
 
 
-def _finish(out: Path) -> None:
+def _finish(out: Path, end: Callable[[], None]) -> None:
     """In this order, a kill in between costs nothing."""
     if (best := out.with_suffix(".best")).exists():
         best.replace(out)
+    end()
     for leftover in (".latest", ".state"):
         out.with_suffix(leftover).unlink(missing_ok=True)
 
@@ -154,19 +159,17 @@ class _Run:
         return self.step >= self.total or 0 < self.recipe.patience <= worse
 
     def estimate(self) -> Estimate:
-        """Of time and memory; runs one forward, of the batch with the longest texts."""
+        """Of memory and time; runs two forwards of the batch with the longest texts, and times the second."""
         texts = self.texts
         groups = texts.groups(self.recipe.rows, torch.Generator())
-        batch = texts.batch(self.target, max(groups, key=lambda g: max(len(texts.tokens[i]) for i in g)))
-        held = memory(
-            self.target.model,
-            self.head,
-            self.running,
-            texts.features,
-            lambda: self.recipe.loss(self.running, self.target, batch),
-        )
+        longest = max(groups, key=lambda group: max(len(texts.tokens[i]) for i in group))
+        read = partial(texts.batch, self.target, longest)
+        loss = partial(self.recipe.loss, self.running, self.target)
+        batch = read()
+        held = memory(self.target.model, self.head, self.running, texts.features, lambda: loss(batch))
+        step = self.recipe.accumulate * seconds(read, loss)
         trained = sum(p.numel() for p in self.parameters)
-        return Estimate(len(texts), texts.said, trained, self.total, self.step, held)
+        return Estimate(len(texts), texts.said, trained, self.total, self.step, held, step)
 
     def go_on(self, state: Path, report: Report) -> None:
         """Train up to the end of the epoch."""

@@ -58,7 +58,7 @@ class Screen:
         self._gaps.append(self._last - last)
         if len(self._gaps) == TIMED:
             seconds = median(self._gaps)
-            rest = timedelta(seconds=round(seconds * (now.total - now.step)))
+            rest = _duration(seconds * (now.total - now.step))
             self._say(f"a step takes {seconds:.3g} s: about {rest} to go, and the drafts after each epoch")
 
     def _say(self, line: str) -> None:
@@ -66,20 +66,27 @@ class Screen:
 
 
 def lines_of(estimate: Estimate, kind: str) -> list[str]:
-    """What there is to do, and the memory for it."""
+    """What there is to do, and the memory and time for it."""
     held = ", ".join(f"{name} {_size(size)}" for name, size in estimate.memory.items() if size)
     features = "read from the shards" if estimate.memory["features"] else "computed in every epoch"
     before = f", {estimate.done} of them made before" if estimate.done else ""
+    rest = estimate.steps - estimate.done
     return [
         f"answers: {estimate.texts} texts to train on, {estimate.said} tokens of the target's; "
         f"what its layers held is {features}",
         f"head: {kind}, {estimate.parameters / 1e6:.3g} M parameters, {estimate.steps} steps{before}",
         f"memory: {_size(sum(estimate.memory.values()))} ({held})",
+        f"time: about {_duration(rest * estimate.seconds)} for {rest} steps of {estimate.seconds:.3g} s, and "
+        "the drafts after each epoch; judged by a forward of the longest texts, a backward counted as two",
     ]
 
 
 def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _rates(heldout: HeldOut) -> str:

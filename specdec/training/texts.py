@@ -181,6 +181,6 @@ def _read_one(target: HFTarget, tokens: list[int]) -> Tensor:
 
 
 def split(files: list[Path], held_out: int) -> tuple[list[Path], list[Path]]:
-    """Training shards and `held_out` others, spread evenly: shards are sorted by the length of prompts."""
+    """Training shards and `held_out` others, spread evenly: neighbours hold prompts of like lengths."""
     chosen = {files[int((i + 0.5) * len(files) / held_out)] for i in range(min(held_out, len(files)))}
     return [f for f in files if f not in chosen], sorted(chosen)
