@@ -269,6 +269,8 @@ def test_q_is_the_law_that_the_tokens_were_drawn_from(
                 assert grown.tokens_N[child] == Philox(3).draw(q_V, key)
                 q_V = q_V.scatter(0, torch.tensor(grown.tokens_N[child]), 0.0)
                 drawn += 1
+    if not (drawn or isinstance(proposer, Grown)):
+        pytest.skip("its trees claim no law")
     assert drawn > 20
 
 
