@@ -27,6 +27,7 @@ HEADER = {
     "data": "demo",
     "batch_size": 1,
     "temperature": 0.0,
+    "reading": None,
 }
 CONFIG = {
     "proposer": {"_target_": "specdec.proposers.ngram.NGram", "max_n": 3},

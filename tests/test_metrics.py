@@ -308,6 +308,7 @@ HEADER: dict[str, Any] = {
     "data": "demo",
     "batch_size": 1,
     "temperature": 0.0,
+    "reading": None,
 }
 KEYS = [
     "schema_version",
