@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from specdec._paths import conf_dir
-from specdec.config import load_config
+from specdec.config import load_config, make
 from specdec.sweep import CombinedTable
 
 SWEEPS = sorted(Path(__file__).parents[1].glob("experiments/sweeps/*.yaml"))
@@ -241,6 +241,7 @@ def test_every_combination_of_a_wandb_sweep_is_a_config(path: Path, monkeypatch:
         for group in ("proposer", "tree"):
             there = yaml.safe_load(Path(conf_dir(), group, f"{chosen[group]}.yaml").read_text())
             assert cfg[group]._target_ == there["_target_"]
+        make(cfg.tree)
         assert (cfg.logger.mode, cfg.out) == ("online", "outputs/sweeps/abc123")
 
 
