@@ -33,7 +33,6 @@ from torch import Tensor
 
 from specdec.accept import Match, Recursive, Rule
 from specdec.onpolicy import write_answers
-from specdec.proposers import medusa
 from specdec.proposers.medusa import Medusa
 from specdec.proposers.medusa_heads import MedusaHeads
 from specdec.sampling import Sampling
@@ -122,14 +121,14 @@ def test_every_law_in_the_loop_equals_the_reference(tree: TreePolicy, tmp_path: 
     assert proposer.seen > 50
 
 
-def node_before(node: int, tree: TokenTree) -> list[int]:
+def node_before(tree: TokenTree, node: int) -> list[int]:
     """A seeded bug: the ancestor of a node is the one added before it, at its parent's depth or not."""
     depth_N = tree.depth_N
     last = {depth_N[n]: tree.tokens_N[n] for n in range(node + 1)}
     return [last[d] for d in range(depth_N[node])] + [tree.tokens_N[node]]
 
 
-def one_too_far(node: int, tree: TokenTree) -> list[int]:
+def one_too_far(tree: TokenTree, node: int) -> list[int]:
     """A seeded bug: the grandparent in the parent's place."""
     path = [tree.tokens_N[0], *below(tree, node)]
     return [path[0], *path[:-2], path[-1]] if len(path) > 2 else path
@@ -137,7 +136,7 @@ def one_too_far(node: int, tree: TokenTree) -> list[int]:
 
 @pytest.mark.parametrize("bug", [node_before, one_too_far])
 def test_a_wrong_ancestor_is_caught(bug: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(medusa, "tokens_to", bug)
+    monkeypatch.setattr(TokenTree, "tokens_to", bug)
     proposer = Watched(tiny().cast(torch.float64), TREES["topk"], heads=saved(tmp_path))
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         run(proposer, requests(PROMPTS, 12), SAMPLED)
