@@ -1,10 +1,6 @@
 """The loop: whom it serves, what it refuses, and that the checks made here catch one that is wrong."""
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -260,52 +256,3 @@ def test_the_profiling_clock_accounts_for_every_part() -> None:
         pass
     assert all(seconds > 0 for seconds in clock.parts.values())
     assert sum(clock.parts.values()) <= clock.now()
-
-
-def test_the_library_runs_without_hydra_wandb_and_gguf(tmp_path: Path) -> None:
-    """Decoding and training, in a process where those can't be imported."""
-    script = """
-        import sys
-        from pathlib import Path
-
-        for name in ("hydra", "omegaconf", "wandb", "gguf"):
-            sys.modules[name] = None
-        import specdec_kernels
-        from specdec import onpolicy
-        from specdec.accept import Match
-        from specdec.decode import Sequence, decode
-        from specdec.loading import random_model
-        from specdec.proposers import draft_lm, ngram, none
-        from specdec.rng import Philox
-        from specdec.sampling import Sampling
-        from specdec.target import HFTarget
-        from specdec.training.eagle3 import Eagle3Recipe
-        from specdec.training.loop import train
-        from specdec.training.medusa import MedusaRecipe
-        from specdec.trees import Chain
-
-        out = Path(sys.argv[1])
-        loaded = random_model(config={"vocab_size": 32, "hidden_size": 32}, device="cpu")
-        target = HFTarget(loaded.model, name="tiny", fingerprint=loaded.fingerprint)
-        prompts = [[n, 2, 3] for n in range(4)]
-        shards = onpolicy.write_answers(target, prompts, out, stop_ids=(), longest=6, batch=2)
-        recipes = MedusaRecipe(vocab=16, epochs=1), Eagle3Recipe(vocab=16, epochs=1)
-        files = [out / f"{recipe.kind}.safetensors" for recipe in recipes]
-        for recipe, file in zip(recipes, files):
-            train(target, shards, recipe, file)
-        proposers = [
-            none.NoDraft(target, Chain()),
-            ngram.NGram(target, Chain()),
-            draft_lm.DraftLM(target, Chain(), layers=1),
-            *(recipe.proposer(target, file) for recipe, file in zip(recipes, files)),
-        ]
-        for proposer in proposers:
-            seqs = [Sequence(0, [1, 2, 3, 1, 2], 8, Philox())]
-            list(decode(target, proposer, Match(), Sampling(), seqs))
-            print(seqs[0].new_tokens)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    none, *others = done.stdout.splitlines()[-5:]
-    assert others == [none] * 4

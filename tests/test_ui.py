@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -116,16 +114,11 @@ def test_an_unknown_ui_names_the_nearest(kind: str, nearest: str) -> None:
         ui.screen(kind)
 
 
-def test_a_terminal_without_unicode_gets_its_table() -> None:
-    code = "import summaries; from specdec import ui; ui.screen('plain').result(summaries.SUMMARY, ['end'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ
-        | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=os.path.dirname(__file__),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1.42x [1.31, 1.54]" in done.stdout
-    assert done.stdout.endswith("end\n")
+def test_a_terminal_without_unicode_gets_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    ui.screen("plain").result(SUMMARY, ["end"])
+    sys.stdout.flush()
+    out = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "1.42x [1.31, 1.54]" in out
+    assert out.endswith("end\n")
