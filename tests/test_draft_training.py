@@ -50,7 +50,9 @@ def cycled(prompt: list[int], tokens: int) -> list[int]:
     return text
 
 
-@pytest.mark.parametrize("objective", ["kl", "tv", "lk"])
+@pytest.mark.parametrize(
+    "objective", ["kl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tv", "lk"))]
+)
 def test_it_learns_what_the_target_says(objective: str, shards: list[Path], tmp_path: Path) -> None:
     recipe, path = Disturbed(**vars(RECIPE) | {"objective": objective}), tmp_path / "draft.safetensors"
     held_out = Texts.load([shards[2]], recipe.taps(cyclic()))  # what `train` keeps, of four shards
