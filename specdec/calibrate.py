@@ -18,6 +18,7 @@ from torch import Tensor
 from .accept import Match
 from .arms import Experiment, LoopArm
 from .decode import Clock, Sequence
+from .metrics import tokens_per_step
 from .proposers.base import Proposer
 from .proposers.none import NoDraft
 from .records import StepRecord
@@ -100,7 +101,7 @@ def loop_tokens_per_step(e: Experiment, requests: list[Request], tree: TreePolic
     with growing(e.proposer, tree):
         arm = LoopArm(e, e.proposer, e.accept)
         steps = [step for r in requests for step in steps_and_tokens(arm, e, r)[0]]
-    return sum(step.emitted for step in steps) / len(steps)
+    return tokens_per_step(steps)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,12 @@ def summarise(experiment: Experiment, records: list[RequestRecord]) -> dict:
     e = experiment
     by_arm = {name: [r for r in records if r.arm == name] for name in (METHOD, "none", *e.settings.baseline)}
     method = by_arm[METHOD]
-    header = {**e.names, "batch_size": e.settings.batch_size, "temperature": e.sampling.temperature}
+    header = {
+        **e.names,
+        "batch_size": e.settings.batch_size,
+        "temperature": e.sampling.temperature,
+        "reading": e.proposer.reading,
+    }
     return metrics.summarise(
         method,
         {name: by_arm[name] for name in e.settings.baseline},

@@ -14,7 +14,7 @@ from specdec.records import RequestRecord, StepRecord
 from specdec.stats import Requests, Span, speedup, tokens_per_second
 
 SCHEMA_VERSION = 1
-HEADER = ("target", "proposer", "tree", "accept", "data", "batch_size", "temperature")
+HEADER = ("target", "proposer", "tree", "accept", "data", "batch_size", "temperature", "reading")
 
 
 def tokens_per_step(steps: Sequence[StepRecord]) -> float | None:
@@ -134,7 +134,8 @@ def summarise(
     """The content of `summary.json`: plain JSON values, None for what is not known.
 
     Token and step statistics come from repeat 0 (repeats answer the same prompts), times from all repeats.
-    `header` holds the keys of HEADER; `split` and `lossless` are passed through.
+    `header` holds the keys of HEADER (`reading`: how heads of another project were understood); `split` and
+    `lossless` are passed through.
     """
     first = [r for r in method if r.repeat == 0]
     steps = steps_of(first)

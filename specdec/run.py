@@ -58,7 +58,7 @@ def _run(cfg: DictConfig, folder: RunFolder, overrides: list[str], show: Screen)
         show.start(header(plan, folder))
         experiment = plan.load()
         show.start([f"target: {target_line(experiment.target, cfg)}"])
-        if reading := getattr(experiment.proposer, "reading", None):
+        if reading := experiment.proposer.reading:
             show.start([f"heads of another project, read as: {reading}"])
         summary, records = measure(experiment, folder, Progress(show))
     folder.finish(summary)

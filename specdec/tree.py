@@ -68,6 +68,13 @@ class TokenTree:
         """The child of `node` that carries `token`, if there is one."""
         return next((n for n in self.children(node) if self.tokens_N[n] == token), None)
 
+    def tokens_to(self, node: int) -> list[int]:
+        """The tokens from the root down to `node`."""
+        path = [node]
+        while path[-1]:
+            path.append(self.parents_N[path[-1]])
+        return [self.tokens_N[n] for n in reversed(path)]
+
     @property
     def depth_N(self) -> list[int]:
         depth: list[int] = []

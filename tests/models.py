@@ -28,6 +28,7 @@ from specdec.records import StepRecord
 from specdec.rng import Philox
 from specdec.sampling import Sampling
 from specdec.target import HFTarget
+from specdec.tree import TokenTree
 from specdec.trees import Chain
 
 VOCAB, PERIOD, WINDOW = 32, 8, 8
@@ -183,6 +184,11 @@ def plain(target: HFTarget, seqs: list[Sequence], sampling: Sampling = GREEDY) -
 
 def tokens_per_step(steps: list[StepRecord]) -> float:
     return sum(row.emitted for row in steps) / len(steps)
+
+
+def below(tree: TokenTree, node: int) -> list[int]:
+    """Tokens from below the root down to `node`."""
+    return [tree.tokens_N[n] for n in range(1, node + 1) if tree.ancestors_NN[node, n]]
 
 
 def check_draft_cache(proposer: DraftLM, seqs: list[Sequence]) -> None:

@@ -66,7 +66,7 @@ BEFORE_ANY_MODEL = {
     "tree.depth=-1": r"tree.depth is -1, expected 0 or more: tree.depth=5",
     "tree=topk tree.widths=3": r"tree.widths is 3, expected a list: tree.widths=\[3\]",
     "tree=topk tree.widths=null": r"tree.widths is None, expected a list: tree.widths=\[4,2,1\]",
-    "tree=topk tree.widths=[4,3,2,1]": r"tree.widths is .*, 4 levels, tree.depth is 3: tree.depth=4",
+    "tree=topk tree.depth=4": r"tree.widths is \[3, 2, 1\], 3 levels, tree.depth is 4: tree.depth=3",
     "proposer=medusa proposer.heads=null": r"heads is None, expected text: .*=smollm2-135m-hydra",
     "proposer=medusa proposer.heads=true": r"heads is True, expected text: .*=smollm2-135m-hydra",
     "data=jsonl data.path=3": r"""data.path is 3, expected text or null: data.path='"3"'$""",

@@ -17,7 +17,7 @@ from specdec.sampling import Sampling
 CONF = Path(conf_dir())
 CHOICES = sorted(p for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment")
 EXPERIMENTS = sorted(CONF.glob("experiment/*.yaml"))
-OWN_SHAPES = ("sampled", "sampled_chain", "topk")  # with a depth and widths of their own
+OWN_SHAPES = ("sampled", "sampled_chain", "topk")  # with widths of their own
 OUR_KEYS = {"data": {"chat"}}  # read by the run, not by the loader
 
 

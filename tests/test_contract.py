@@ -177,7 +177,24 @@ def test_neighbours_change_nothing(
         assert answers(proposer, SAMPLED, TOGETHER, judge, stop_ids) == want
 
 
-@every_pair
+CHAINS = {"chain", "sampled_chain"}
+DRAFT_ON_DEVICE = {
+    "none": TREES,
+    "medusa": TREES,
+    FEW: TREES,
+    "ngram": {"chain"},
+    "draft_lm": CHAINS,
+}
+
+
+def drafts_on_device(name: str, tree: str) -> bool:
+    return tree in DRAFT_ON_DEVICE.get(name, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    [pytest.param(*pair, marks=[] if drafts_on_device(*pair) else pytest.mark.slow) for pair in PAIRS],
+)
 def test_drafts_on_the_device_are_those_of_the_host(
     name: str, tree: str, heads: dict[HFTarget, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,17 +204,7 @@ def test_drafts_on_the_device_are_those_of_the_host(
     target = HFTarget(tiny().model, fingerprint=tiny().fingerprint)
     proposer = build(name, tree, target, heads | {target: heads[tiny()]})
     assert records(proposer) == want
-    assert bool(proposer.steps) == (name in DRAFT_ON_DEVICE and tree in DRAFT_ON_DEVICE[name])
-
-
-CHAINS = {"chain", "sampled_chain"}
-DRAFT_ON_DEVICE = {
-    "none": TREES,
-    "medusa": TREES,
-    FEW: TREES,
-    "ngram": {"chain"},
-    "draft_lm": CHAINS,
-}
+    assert bool(proposer.steps) == drafts_on_device(name, tree)
 
 
 def records(proposer: Proposer) -> list[StepRecord]:
@@ -269,6 +276,8 @@ def test_q_is_the_law_that_the_tokens_were_drawn_from(
                 assert grown.tokens_N[child] == Philox(3).draw(q_V, key)
                 q_V = q_V.scatter(0, torch.tensor(grown.tokens_N[child]), 0.0)
                 drawn += 1
+    if not (drawn or isinstance(proposer, Grown)):
+        pytest.skip("its trees claim no law")
     assert drawn > 20
 
 

@@ -1,4 +1,4 @@
-"""Hydra heads against an independent slow reference, in the loop, in training, and on a text that forks.
+"""Hydra heads against an independent slow reference, in the loop and from a file.
 
 Shapes: K heads, D width, U draft vocabulary.
 """
@@ -10,21 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from answers import MEDUSA, TAPS, collected
 from models import (
     ACCURACY,
     PROMPTS,
     SAMPLED,
     VOCAB,
+    below,
+    cyclic,
     info,
     plain,
     requests,
     run,
     save_heads,
-    saying,
     tiny,
     tiny_model,
-    tokens_per_step,
     untrained_heads,
 )
 from safetensors import safe_open
@@ -32,16 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.accept import Match, Recursive, Rule
-from specdec.onpolicy import write_answers
-from specdec.proposers import medusa
 from specdec.proposers.medusa import Medusa
 from specdec.proposers.medusa_heads import MedusaHeads
-from specdec.sampling import Sampling
 from specdec.target import HFTarget
-from specdec.training import medusa as training
-from specdec.training.loop import train
-from specdec.training.medusa import MedusaRecipe
-from specdec.training.texts import Texts
 from specdec.tree import TokenTree
 from specdec.trees import Chain, DraftLaw, Eagle2, Sampled, Static, TopK, TreePolicy
 
@@ -74,11 +66,6 @@ class Reference:
         for j, token in enumerate(path, start=1):
             x_D = x_D + self.read(token) @ self.square[k, j]
         return self.lm_head_UD @ (h_D + x_D * torch.sigmoid(x_D))
-
-
-def below(tree: TokenTree, node: int) -> list[int]:
-    """Tokens from below the root down to `node`."""
-    return [tree.tokens_N[n] for n in range(1, node + 1) if tree.ancestors_NN[node, n]]
 
 
 class Watched(Medusa):
@@ -122,14 +109,14 @@ def test_every_law_in_the_loop_equals_the_reference(tree: TreePolicy, tmp_path: 
     assert proposer.seen > 50
 
 
-def node_before(node: int, tree: TokenTree) -> list[int]:
+def node_before(tree: TokenTree, node: int) -> list[int]:
     """A seeded bug: the ancestor of a node is the one added before it, at its parent's depth or not."""
     depth_N = tree.depth_N
     last = {depth_N[n]: tree.tokens_N[n] for n in range(node + 1)}
     return [last[d] for d in range(depth_N[node])] + [tree.tokens_N[node]]
 
 
-def one_too_far(node: int, tree: TokenTree) -> list[int]:
+def one_too_far(tree: TokenTree, node: int) -> list[int]:
     """A seeded bug: the grandparent in the parent's place."""
     path = [tree.tokens_N[0], *below(tree, node)]
     return [path[0], *path[:-2], path[-1]] if len(path) > 2 else path
@@ -137,7 +124,7 @@ def one_too_far(node: int, tree: TokenTree) -> list[int]:
 
 @pytest.mark.parametrize("bug", [node_before, one_too_far])
 def test_a_wrong_ancestor_is_caught(bug: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(medusa, "tokens_to", bug)
+    monkeypatch.setattr(TokenTree, "tokens_to", bug)
     proposer = Watched(tiny().cast(torch.float64), TREES["topk"], heads=saved(tmp_path))
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         run(proposer, requests(PROMPTS, 12), SAMPLED)
@@ -215,98 +202,6 @@ def test_neighbours_change_nothing(tree: TreePolicy, rule: Rule, tmp_path: Path)
         assert [s.new_tokens for s in seqs] == plain(tiny(), requests(PROMPTS, LIMITS), SAMPLED)
 
 
-@pytest.fixture(scope="module")
-def batch(tmp_path_factory: pytest.TempPathFactory):
-    target = tiny().cast(torch.float64)
-    texts = Texts.load(collected(target, tmp_path_factory.mktemp("answers")), TAPS)
-    return texts.batch(target, [0, 7, 12])
-
-
-def check_training(batch) -> int:
-    """The property: head k reads, behind what the target said, its k - 1 true tokens."""
-    target, heads = tiny().cast(torch.float64), untrained_heads(tiny(), HALF, hydra=True).double()
-    reference, checked = Reference(heads, target), 0
-    for k, (logits_XU, _, _) in enumerate(MEDUSA.judged(heads, target, batch), start=1):
-        rows = iter(logits_XU)
-        for said_T, next_T, hidden_TD in zip(
-            batch.said_ST, batch.next_ST, batch.hidden["final"], strict=True
-        ):
-            for t in said_T.nonzero().flatten().tolist():
-                if t + k < len(said_T) and said_T[t + k]:
-                    root, *path = next_T[t : t + k].tolist()
-                    want_U = reference.logits(hidden_TD[t], root, path)
-                    torch.testing.assert_close(next(rows), want_U, atol=1e-6, rtol=1e-6)
-                    checked += 1
-        assert next(rows, None) is None
-    return checked
-
-
-def test_training_reads_the_true_path(batch) -> None:
-    assert check_training(batch) > 100
-
-
-def test_a_path_that_is_one_token_late_is_caught(batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    said_next = training._said_next
-    monkeypatch.setattr(training, "_said_next", lambda root_XD, J: said_next(root_XD, J).roll(1, 0))
-    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        check_training(batch)
-
-
-def test_a_step_down_the_gradient_lowers_the_loss(batch) -> None:
-    recipe = MedusaRecipe(heads=3, hydra=True)
-    heads = MedusaHeads(3, tiny().lm_head, torch.arange(VOCAB), hydra=True)
-    loss = recipe.loss(heads, tiny(), batch)
-    loss.backward()
-    assert all(square.any() for square in heads.path_PDD.grad), "every square is read"
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter -= 0.1 * parameter.grad
-    assert recipe.loss(heads, tiny(), batch) < loss
-
-
-FORK, WAYS = 0, [1, 2, 3, 4]
-FOLLOWS = [WAYS, *([w + 4] for w in WAYS), *([FORK] for _ in WAYS), *([t] for t in range(9, VOCAB))]
-
-
-@cache
-def forking() -> HFTarget:
-    """A target that says any of WAYS after FORK, after each of them a token of its own, then FORK again."""
-    return saying(FOLLOWS)
-
-
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """Files of heads that were trained on texts of `forking`: Medusa's, and Hydra's."""
-    folder, prompts = tmp_path_factory.mktemp("forked"), [[t, FORK] for t in range(9, VOCAB)]
-    drawn = {"sampling": Sampling(temperature=1.0), "taps": ("final",), "stop_ids": (), "longest": 20}
-    files = write_answers(forking(), prompts, folder / "answers", batch=4, **drawn)
-    for hydra in (False, True):
-        recipe = MedusaRecipe(hydra=hydra, vocab=VOCAB, epochs=10, rows=256, lr=0.05)
-        train(forking(), files, recipe, folder / f"{hydra}.safetensors")
-    return {hydra: str(folder / f"{hydra}.safetensors") for hydra in (False, True)}
-
-
-def right_behind(proposer: Medusa, token: int) -> int:
-    """Of the ways that are drafted behind FORK, how many what really follows is drafted behind."""
-    seqs, hidden_1D = requests([[token, FORK]]), torch.eye(VOCAB)[token : token + 1] * VOCAB**0.5
-    proposer.start(seqs, [{"final": hidden_1D}])
-    (tree,) = proposer.propose(seqs)
-    assert sorted(tree.tokens_N[1:5]) == WAYS
-    return sum(tree.child(n, FOLLOWS[tree.tokens_N[n]][0]) is not None for n in range(1, 5))
-
-
-def test_only_hydra_learns_what_depends_on_the_drafted_token(forked: dict[bool, str]) -> None:
-    """From FORK on, what is drawn and what follows it are one step's work; for Medusa one time in four."""
-    rates = {}
-    for hydra, file in forked.items():
-        proposer = Medusa(forking(), TopK(depth=2, widths=(4, 1)), heads=file)
-        assert right_behind(proposer, 9) == (4 if hydra else 1)
-        seqs = requests([[t, FORK] for t in range(9, VOCAB)], 3)
-        rates[hydra] = tokens_per_step(run(proposer, seqs, Sampling(temperature=1.0)))
-    assert rates[True] == 3
-    assert rates[False] < 2
-
-
 def test_heads_survive_a_file(tmp_path: Path) -> None:
     heads = untrained_heads(tiny(), [3, 1, 4, 15, 9], hydra=True)
     loaded, said = MedusaHeads.load(Path(save_heads(heads, tiny(), tmp_path / "a.safetensors")), tiny())
@@ -324,7 +219,7 @@ def test_one_head_has_no_path_to_read(tmp_path: Path) -> None:
     heads = MedusaHeads(1, tiny().lm_head, torch.arange(VOCAB), hydra=True)
     path = tmp_path / "one.safetensors"
     heads.save(path, replace(info(tiny()), heads=1, accuracy_KR=ACCURACY[:1]))
-    proposer, seqs = Medusa(tiny(), TopK(depth=4), heads=str(path)), requests(PROMPTS, 12)
+    proposer, seqs = Medusa(tiny(), TopK(), heads=str(path)), requests(PROMPTS, 12)
     assert proposer.heads.path_PDD.shape[0] == 0
     assert max(step.nodes for step in run(proposer, seqs)) == 1 + 4
     assert [s.new_tokens for s in seqs] == plain(tiny(), requests(PROMPTS, 12))
@@ -368,4 +263,4 @@ def test_damaged_heads_are_refused(damage: Callable, message: str, tmp_path: Pat
 def test_heads_of_another_target_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(ValueError, match=r"hydra.safetensors was trained for .*; choose heads trained for"):
-        Medusa(forking(), Chain(), heads=path)
+        Medusa(cyclic(), Chain(), heads=path)

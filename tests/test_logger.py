@@ -27,6 +27,7 @@ HEADER = {
     "data": "demo",
     "batch_size": 1,
     "temperature": 0.0,
+    "reading": None,
 }
 CONFIG = {
     "proposer": {"_target_": "specdec.proposers.ngram.NGram", "max_n": 3},
@@ -116,12 +117,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("env")
 def test_an_offline_run_reads_back(tmp_path: Path) -> None:
     found = offline(tmp_path, SUMMARY, METHOD + PLAIN, project="mine", name="n", tags=["a"])
-    assert (found["state"], found["project"], found["name"], found["tags"]) == (
-        "finished",
-        "mine",
-        "n",
-        ["a"],
-    )
+    told = {"state": "finished", "project": "mine", "name": "n", "tags": ["a"]}
+    assert {key: found[key] for key in told} == told
     assert found["config"]["proposer._target_"] == CONFIG["proposer"]["_target_"]
     assert found["config"]["baseline"] == ["none"]
     logged = found["summary"]

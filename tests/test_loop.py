@@ -1,10 +1,6 @@
-"""The loop: what it writes down, what it refuses, and that the checks made here catch one that is wrong."""
+"""The loop: whom it serves, what it refuses, and that the checks made here catch one that is wrong."""
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,14 +23,12 @@ from torch import Tensor
 
 from specdec.accept import Match
 from specdec.cache import SlotCache
-from specdec.decode import ProfilingClock, Sequence, advance, decode, record
+from specdec.decode import ProfilingClock, Sequence, decode
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_lm import DraftLM
 from specdec.proposers.medusa import Medusa
 from specdec.proposers.ngram import NGram
 from specdec.proposers.none import NoDraft
-from specdec.records import StepRecord
-from specdec.rng import Philox
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import TokenTree, TreeBatch, Verdict
 from specdec.trees import Chain, TopK
@@ -195,51 +189,6 @@ def test_heads_that_read_something_old_are_caught(
         check_heads(heads)
 
 
-def sequence(max_new_tokens: int = 10, stop_ids: tuple[int, ...] = ()) -> Sequence:
-    return Sequence(0, [1, 2, 3], max_new_tokens, Philox(), stop_ids)
-
-
-FORK = TokenTree([3, 4, 5, 6, 7], [-1, 0, 0, 2, 3], [], [-1] * 5, [0.0] * 5)  # 3 -> 4 and 3 -> 5 -> 6 -> 7
-
-
-@pytest.mark.parametrize(
-    ("tree", "verdict", "limits", "want"),
-    [
-        (TokenTree([3]), Verdict([], 9), {}, StepRecord(0, 1, 0, 0, 1, 1, 0.5)),
-        (FORK, Verdict([], 9), {}, StepRecord(0, 5, 1, 0, 1, 1, 0.5)),
-        (FORK, Verdict([1], 9), {}, StepRecord(0, 5, 1, 1, 2, 2, 0.5)),
-        (FORK, Verdict([2, 3], 9), {}, StepRecord(0, 5, 3, 2, 3, 3, 0.5)),
-        (FORK, Verdict([2, 3, 4], 9), {}, StepRecord(0, 5, 3, 3, 4, 4, 0.5)),
-        (FORK, Verdict([2, 3, 4], 9), {"max_new_tokens": 2}, StepRecord(0, 5, 3, 3, 4, 2, 0.5)),
-        (FORK, Verdict([2, 3, 4], 9), {"stop_ids": (6,)}, StepRecord(0, 5, 3, 3, 4, 2, 0.5)),
-        (FORK, Verdict([2, 3, 4], 9), {"stop_ids": (9,)}, StepRecord(0, 5, 3, 3, 4, 4, 0.5)),
-    ],
-)
-def test_what_a_step_writes_down(tree: TokenTree, verdict: Verdict, limits: dict, want: StepRecord) -> None:
-    seq = sequence(**limits)
-    kept = advance(seq, tree, verdict)
-    assert record(seq, tree, verdict, kept, 0.5) == want
-    assert seq.history == [(max(tree.depth_N), want.accepted)]
-    assert seq.new_tokens == verdict.emitted(tree)[: want.kept]
-
-
-def test_a_text_ends_at_the_first_stop_token_or_at_its_length() -> None:
-    seq = sequence(max_new_tokens=5, stop_ids=(8,))
-    assert (seq.extend([5, 6]), seq.room, seq.done, seq.finish) == (2, 3, False, "length")
-    assert (seq.extend([7, 8, 8, 9]), seq.room, seq.done, seq.finish) == (2, 1, True, "stop")
-    assert seq.new_tokens == [5, 6, 7, 8]
-    seq = sequence(max_new_tokens=2, stop_ids=(8,))
-    assert (seq.extend([5, 6, 8]), seq.room, seq.done, seq.finish) == (2, 0, True, "length")
-    assert sequence(stop_ids=(3,)).finish == "length", "a prompt that ends in a stop token has not stopped"
-
-
-def test_requests_that_ask_for_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="request 7 has an empty prompt"):
-        Sequence(7, [], 5, Philox())
-    with pytest.raises(ValueError, match=r"max_new_tokens is 0.*max_new_tokens=128"):
-        Sequence(0, [1], 0, Philox())
-
-
 @pytest.mark.parametrize("limit", [1, 2, 9])
 def test_a_prompt_of_one_token(limit: int, heads: str) -> None:
     proposers = [
@@ -307,52 +256,3 @@ def test_the_profiling_clock_accounts_for_every_part() -> None:
         pass
     assert all(seconds > 0 for seconds in clock.parts.values())
     assert sum(clock.parts.values()) <= clock.now()
-
-
-def test_the_library_runs_without_hydra_wandb_and_gguf(tmp_path: Path) -> None:
-    """Decoding and training, in a process where those can't be imported."""
-    script = """
-        import sys
-        from pathlib import Path
-
-        for name in ("hydra", "omegaconf", "wandb", "gguf"):
-            sys.modules[name] = None
-        import specdec_kernels
-        from specdec import onpolicy
-        from specdec.accept import Match
-        from specdec.decode import Sequence, decode
-        from specdec.loading import random_model
-        from specdec.proposers import draft_lm, ngram, none
-        from specdec.rng import Philox
-        from specdec.sampling import Sampling
-        from specdec.target import HFTarget
-        from specdec.training.eagle3 import Eagle3Recipe
-        from specdec.training.loop import train
-        from specdec.training.medusa import MedusaRecipe
-        from specdec.trees import Chain
-
-        out = Path(sys.argv[1])
-        loaded = random_model(config={"vocab_size": 32, "hidden_size": 32}, device="cpu")
-        target = HFTarget(loaded.model, name="tiny", fingerprint=loaded.fingerprint)
-        prompts = [[n, 2, 3] for n in range(4)]
-        shards = onpolicy.write_answers(target, prompts, out, stop_ids=(), longest=6, batch=2)
-        recipes = MedusaRecipe(vocab=16, epochs=1), Eagle3Recipe(vocab=16, epochs=1)
-        files = [out / f"{recipe.kind}.safetensors" for recipe in recipes]
-        for recipe, file in zip(recipes, files):
-            train(target, shards, recipe, file)
-        proposers = [
-            none.NoDraft(target, Chain()),
-            ngram.NGram(target, Chain()),
-            draft_lm.DraftLM(target, Chain(), layers=1),
-            *(recipe.proposer(target, file) for recipe, file in zip(recipes, files)),
-        ]
-        for proposer in proposers:
-            seqs = [Sequence(0, [1, 2, 3, 1, 2], 8, Philox())]
-            list(decode(target, proposer, Match(), Sampling(), seqs))
-            print(seqs[0].new_tokens)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    none, *others = done.stdout.splitlines()[-5:]
-    assert others == [none] * 4

@@ -47,6 +47,13 @@ def experiment(talks: list[Conversation] = TALKS, **settings: object) -> Experim
     return Experiment(target, NGram(target, Chain()), Match(), Sampling(), talks, chosen, names=names)
 
 
+def test_the_summary_says_how_heads_of_another_project_were_read() -> None:
+    e = experiment(TALKS[:1])
+    assert measure(e)[0]["reading"] is None
+    e.proposer.reading = "official, layers [2, 4, 5]"
+    assert measure(e)[0]["reading"] == e.proposer.reading
+
+
 def order(records: list[RequestRecord]) -> dict[tuple[int, int], list[str]]:
     """The arms of every (group, repeat), in the order in which they ran."""
     arms = defaultdict(list)

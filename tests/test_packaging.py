@@ -1,4 +1,4 @@
-"""What a checkout and a wheel hold, and that both find their configuration and kernels."""
+"""What a checkout and a wheel hold, that both find their configuration and kernels, and what they need."""
 
 import os
 import subprocess
@@ -25,6 +25,48 @@ TOP_LEVEL = {
     "tests",
 }
 SHIPPED = {"specdec": "specdec", "conf": "specdec/conf", "kernels/specdec_kernels": "specdec_kernels"}
+BARE = """
+import sys
+from pathlib import Path
+
+for name in ("hydra", "omegaconf", "wandb", "gguf", "datasets"):
+    sys.modules[name] = None
+import transformers.models.llama.modeling_llama
+import specdec.data
+import specdec_kernels
+from specdec import onpolicy
+from specdec.accept import Match
+from specdec.decode import Sequence, decode
+from specdec.loading import random_model
+from specdec.proposers import draft_lm, ngram, none
+from specdec.rng import Philox
+from specdec.sampling import Sampling
+from specdec.target import HFTarget
+from specdec.training.eagle3 import Eagle3Recipe
+from specdec.training.loop import train
+from specdec.training.medusa import MedusaRecipe
+from specdec.trees import Chain
+
+print(specdec_kernels.__file__)
+loaded = random_model(config={"vocab_size": 32, "hidden_size": 32}, device="cpu")
+target = HFTarget(loaded.model, name="tiny", fingerprint=loaded.fingerprint)
+prompts = [[n, 2, 3] for n in range(4)]
+shards = onpolicy.write_answers(target, prompts, Path(), stop_ids=(), longest=6, batch=2)
+recipes = MedusaRecipe(vocab=16, epochs=1), Eagle3Recipe(vocab=16, epochs=1)
+files = [Path(f"{recipe.kind}.safetensors") for recipe in recipes]
+for recipe, file in zip(recipes, files):
+    train(target, shards, recipe, file)
+proposers = [
+    none.NoDraft(target, Chain()),
+    ngram.NGram(target, Chain()),
+    draft_lm.DraftLM(target, Chain(), layers=1),
+    *(recipe.proposer(target, file) for recipe, file in zip(recipes, files)),
+]
+for proposer in proposers:
+    seqs = [Sequence(0, [1, 2, 3, 1, 2], 8, Philox())]
+    list(decode(target, proposer, Match(), Sampling(), seqs))
+    print(seqs[0].new_tokens)
+"""
 
 
 def run_python(code: str, cwd: Path, *path: Path) -> str:
@@ -49,10 +91,19 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_transformers_imports_with_the_checkout_first_on_the_path() -> None:
-    code = "import transformers.models.llama.modeling_llama, specdec_kernels; print(specdec_kernels.__file__)"
-    file = run_python(code, ROOT, ROOT, ROOT / "kernels")
-    assert Path(file.strip()) == ROOT / "kernels" / "specdec_kernels" / "__init__.py"
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What BARE prints in a fresh process, with the checkout first on its path."""
+    return run_python(BARE, tmp_path_factory.mktemp("bare"), ROOT, ROOT / "kernels").splitlines()
+
+
+def test_transformers_imports_with_the_checkout_first_on_the_path(bare: list[str]) -> None:
+    assert Path(bare[0]) == ROOT / "kernels" / "specdec_kernels" / "__init__.py"
+
+
+def test_decoding_and_training_need_no_hydra_wandb_gguf_or_datasets(bare: list[str]) -> None:
+    none, *others = bare[-5:]
+    assert others == [none] * 4
 
 
 def test_conf_dir_of_the_checkout() -> None:

@@ -16,7 +16,7 @@ from specdec.run import live, main, run
 from specdec.store import RunFolder
 
 BASE = ["target=random", "proposer=ngram", "tree=chain", "data.limit=2", "max_new_tokens=8"]
-KEYS = """schema_version target proposer tree accept data batch_size temperature requests tokens
+KEYS = """schema_version target proposer tree accept data batch_size temperature reading requests tokens
 tokens_per_step nodes_per_step break_even acceptance_by_depth acceptance_histogram tokens_per_second speedup
 ttft_ms tpot_ms latency_ms itl_ms time_split_ms_per_step usd_per_million_tokens joules_per_token
 peak_memory_mb lossless by_category"""

@@ -124,6 +124,7 @@ def test_what_is_wrong_is_said_before_anything_is_answered(asked: str, tmp_path:
     assert not list(tmp_path.glob("heads/*"))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_two_batches_a_step(asked: str, tmp_path: Path) -> None:
     """The gradients of two ranks are summed as those of two batches are: the same curve, bit for bit."""
     words = [*COMMAND, asked]

@@ -73,6 +73,10 @@ def test_top_k_grows_widths_below_every_node() -> None:
         assert tree.logp_N[n] == pytest.approx(float(law_above(tree, n)[tree.tokens_N[n]]))
 
 
+def test_widths_say_how_deep_a_tree_is() -> None:
+    assert TopK(widths=(3, 1)) == TopK(depth=2, widths=(3, 1))
+
+
 @pytest.mark.parametrize(
     "policy", [Chain(depth=5), TopK(widths=(2, 2, 2)), Sampled(widths=(2, 2, 2)), Static()]
 )
@@ -156,7 +160,7 @@ def test_confidence_keeps_the_unlikely_token_and_drafts_nothing_behind_it(policy
         (lambda: TopK(widths=()), r"tree.widths is \[\].*tree.widths=\[4,2,1\]"),
         (lambda: Sampled(widths=(2, 0)), r"tree.widths is \[2, 0\].*tree.widths=\[4,2,1\]"),
         (lambda: TopK(depth=2, widths=(4, 3, 2)), r"\[4, 3, 2\], 3 levels, tree.depth is 2: tree.depth=3"),
-        (lambda: Sampled(depth=1, widths=(1, 1)), r"\[1, 1\], 2 levels, tree.depth is 1: tree.depth=2"),
+        (lambda: Sampled(depth=8, widths=(1, 1)), r"\[1, 1\], 2 levels, tree.depth is 8: tree.depth=2"),
         (lambda: Static(nodes=0), r"tree.nodes is 0.*tree.nodes=8"),
         (lambda: Static(paths=((0,), (-1,))), r"negative rank.*tree.paths=\[\[0,0\],\[1\]\]"),
         (lambda: Static(depth=2, paths=((0, 0, 0),)), r"3 levels deep, tree.depth is 2: tree.depth=3"),

@@ -218,6 +218,14 @@ def test_errors_name_the_options_of_the_other_as_they_are_here() -> None:
         with_lookup(draft)
 
 
+def test_it_says_how_the_heads_of_the_other_were_read() -> None:
+    class Foreign(NoDraft):
+        reading = "official, layers [2, 4, 5]"
+
+    assert with_lookup(Foreign).reading == Foreign.reading
+    assert with_lookup(NoDraft).reading is None
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

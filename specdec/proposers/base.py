@@ -26,9 +26,11 @@ class Proposer(ABC):
     What it must remember of a sequence goes in `seq.draft`, which belongs to the proposer alone. `observe`
     stores, `propose` computes, so that the drafts of all sequences run in one batch.
     needs_hidden  taps of the target to be returned: a layer's index (the residual that enters it) or "final"
+    reading       how heads of another project were understood, where it drafts with such
     """
 
     needs_hidden: ClassVar[tuple[int | str, ...]] = ()
+    reading: str | None = None
 
     def __init__(self, target: HFTarget, tree: TreePolicy) -> None:
         self.target, self.tree = target, tree

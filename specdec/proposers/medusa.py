@@ -91,7 +91,7 @@ class Medusa(FromLogits):
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
         nodes = [
-            (seq, tokens_to(node, tree))
+            (seq, tree.tokens_to(node))
             for seq, tree, frontier in zip(seqs, trees, frontiers, strict=True)
             for node in frontier
         ]
@@ -158,14 +158,6 @@ def _at_depth(logq_KBU: Tensor, paths_BFJ: Tensor) -> Tensor:
     """The laws of Medusa's heads [B, F, U], which are the same along all paths."""
     logq_BU = logq_KBU[paths_BFJ.shape[2] - 1]
     return logq_BU.unsqueeze(1).expand(-1, paths_BFJ.shape[1], -1)
-
-
-def tokens_to(node: int, tree: TokenTree) -> list[int]:
-    """The tokens from the root down to `node`."""
-    path = [node]
-    while path[-1]:
-        path.append(tree.parents_N[path[-1]])
-    return [tree.tokens_N[n] for n in reversed(path)]
 
 
 def _opened(heads: str, target: HFTarget) -> tuple[MedusaHeads, MedusaInfo, str | None]:

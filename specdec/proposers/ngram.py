@@ -93,7 +93,7 @@ class NGram(Grown):
         self, seqs: list[Sequence], trees: list[TokenTree], frontiers: list[list[int]]
     ) -> list[list[DraftLaw]]:
         return [
-            [self._law(seq, _path_tokens(tree, node)) for node in frontier]
+            [self._law(seq, tree.tokens_to(node)[1:]) for node in frontier]
             for seq, tree, frontier in zip(seqs, trees, frontiers, strict=True)
         ]
 
@@ -142,12 +142,3 @@ def copy_chain(texts: DeviceTexts, start_BM: Tensor, depth: int) -> tuple[Tensor
         copied.append(next_B1.squeeze(1))
         found_B = found_B + goes_on_BM.any(1)
     return torch.stack(copied, 1), found_B
-
-
-def _path_tokens(tree: TokenTree, node: int) -> list[int]:
-    """Tokens from below the root down to `node`."""
-    tokens: list[int] = []
-    while node:
-        tokens.insert(0, tree.tokens_N[node])
-        node = tree.parents_N[node]
-    return tokens

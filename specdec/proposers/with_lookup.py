@@ -68,7 +68,7 @@ class WithLookup(Proposer):
         except ValueError as error:  # it knows its options as those of the run's proposer
             raise ValueError(str(error).replace("proposer.", "proposer.draft.")) from error
         super().__init__(target, self.draft.tree)
-        self.needs_hidden = self.draft.needs_hidden
+        self.needs_hidden, self.reading = self.draft.needs_hidden, self.draft.reading
         self.chances, self.sure = chances, sure
         self.nodes, self.most, self.gain = nodes, most, gain
 

@@ -90,20 +90,24 @@ class Chain(Fixed):
 
 @dataclass(frozen=True)
 class TopK(Fixed):
-    """The draft's most likely widths[d] tokens below every node of depth d, and none below the last width."""
+    """The draft's most likely widths[d] tokens below every node of depth d, as many levels as widths."""
 
+    depth: int | None = None
     widths: tuple[int, ...] = (4, 2, 1)
 
     def __post_init__(self) -> None:
+        levels = len(self.widths)
+        if self.depth is None:
+            object.__setattr__(self, "depth", levels)
         super().__post_init__()
         if not self.widths or any(w < 1 for w in self.widths):
             raise ValueError(
                 f"tree.widths is {list(self.widths)}, expected counts of 1 or more: tree.widths=[4,2,1]"
             )
-        if (levels := len(self.widths)) > self.depth:
+        if levels != self.depth:
             raise ValueError(
                 f"tree.widths is {list(self.widths)}, {levels} levels, tree.depth is {self.depth}: "
-                f"tree.depth={levels}, or tree.widths={list(self.widths[: self.depth])}"
+                f"tree.depth={levels}, or as many widths as levels"
             )
 
     @property

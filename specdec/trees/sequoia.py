@@ -16,8 +16,9 @@ class Sequoia(Static):
     """The tree of `nodes` nodes, root included, and at most `depth` levels that is expected to emit most.
 
     acceptance  [depth][branch]: how often that child is the one accepted, as specdec.tune measures it; None:
-                what the draft has measured of itself
-    draws       children are drawn from the draft's law, for accept=recursive
+                what the draft has measured of itself: how often its likeliest tokens are right
+    draws       children are drawn from the draft's law, for accept=recursive. What holds for its likeliest
+                tokens is then a guess, which costs tokens a step, and no exactness; the paper measures draws
     """
 
     acceptance: tuple[tuple[float, ...], ...] | None = None

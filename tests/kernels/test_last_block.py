@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="there is no Triton for this system")
 import triton
 import triton.language as tl
 from aot import compile_for
-from test_tree_attention import CALL, check, problem, run
+from fuzzed import CALL, check, problem, run
 
 from specdec_kernels.listing import Compiled, compiled
 from specdec_kernels.tree_attention import counts as counters
