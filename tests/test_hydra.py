@@ -58,7 +58,7 @@ class Reference:
 
     def __init__(self, heads: MedusaHeads, target: HFTarget) -> None:
         self.w = {name: t.double() for name, t in heads.state_dict().items() if name != "tokens_U"}
-        self.lm_head_UD, self.embedding_VD = heads.lm_head_UD.double(), target.embedding.double()
+        self.lm_head_UD, self.embedding_VD = heads.lm_head.weight.double(), target.embedding.double()
         pairs = [(k, j) for k in range(1, len(heads.bias_KD) + 1) for j in range(1, k)]
         self.square = {pair: self.w["path_PDD"][p] for p, pair in enumerate(pairs)}
 
@@ -254,7 +254,7 @@ def test_a_path_that_is_one_token_late_is_caught(batch, monkeypatch: pytest.Monk
 
 def test_a_step_down_the_gradient_lowers_the_loss(batch) -> None:
     recipe = MedusaRecipe(heads=3, hydra=True)
-    heads = MedusaHeads(3, tiny().lm_head, torch.arange(VOCAB), hydra=True)
+    heads = MedusaHeads(3, tiny().lm_head_of(), torch.arange(VOCAB), hydra=True)
     loss = recipe.loss(heads, tiny(), batch)
     loss.backward()
     assert all(square.any() for square in heads.path_PDD.grad), "every square is read"
@@ -321,7 +321,7 @@ def test_heads_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_one_head_has_no_path_to_read(tmp_path: Path) -> None:
-    heads = MedusaHeads(1, tiny().lm_head, torch.arange(VOCAB), hydra=True)
+    heads = MedusaHeads(1, tiny().lm_head_of(), torch.arange(VOCAB), hydra=True)
     path = tmp_path / "one.safetensors"
     heads.save(path, replace(info(tiny()), heads=1, accuracy_KR=ACCURACY[:1]))
     proposer, seqs = Medusa(tiny(), TopK(depth=4), heads=str(path)), requests(PROMPTS, 12)

@@ -176,7 +176,7 @@ def test_heads_learn_what_the_target_says(kind: Callable[..., HeadRecipe], tmp_p
 
 
 def test_an_untrained_head_repeats_the_lm_head_whatever_the_root() -> None:
-    heads = MedusaHeads(2, tiny().lm_head, torch.arange(tiny().vocab))
+    heads = MedusaHeads(2, tiny().lm_head_of(), torch.arange(tiny().vocab))
     hidden_XD = torch.randn(3, tiny().lm_head.shape[1])
     root_XD = token_embeddings(tiny(), torch.tensor([1, 2, 3]))
     repeated_KXU = (hidden_XD @ tiny().lm_head.T).expand(2, -1, -1)

@@ -55,8 +55,7 @@ def test_its_vocabulary_follows_what_the_target_says(
     assert weights(copy) | {"tokens_U": before} == weights(file) | {"tokens_U": before}, (
         "no other weight changes"
     )
-    lm_head_UD = head.lm_head_UD if hasattr(head, "lm_head_UD") else head.lm_head.weight
-    assert torch.equal(lm_head_UD, tiny().lm_head[head.tokens_U.long()])
+    assert torch.equal(head.lm_head.weight, tiny().lm_head[head.tokens_U.long()])
 
 
 def test_a_head_with_an_lm_head_of_its_own_keeps_its_vocabulary(shards: list[Path], tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ def eagle3_head(reading: Reading, target: HFTarget) -> Eagle3Head:
     weights = dict(reading.state)
     own_VD = weights.pop("embed_tokens.weight", None)
     head = ready(Eagle3Head(reading.config), weights, target)
-    return head if own_VD is None else head.borrow(own_VD.to(target.device, target.dtype), target.lm_head)
+    if own_VD is not None:
+        own_VD = own_VD.to(target.device, target.dtype)
+        head.embed_tokens = torch.nn.Embedding.from_pretrained(own_VD, freeze=True)
+    return head
 
 
 class Eagle3InMemory(Eagle3):
@@ -140,7 +143,10 @@ def _target_ids(d2t_U: Tensor, t2d_V: Tensor | None) -> Tensor:
 
 
 def _state(tensors: State, tokens_U: Tensor, rows_U: Tensor, target: HFTarget) -> State:
-    """The head's own tensors; without embeddings or an LM head that only copy the target's."""
+    """The head's own tensors; without embeddings or an LM head that only copy the target's.
+
+    Such heads use an LM head as it is: it is no copy where the target scales, caps or has a bias.
+    """
     state = {name: t for name, t in tensors.items() if name not in IGNORED}
     state["tokens_U"] = tokens_U.int()
     lm_head_UD = target.lm_head[tokens_U.to(target.device)]
@@ -150,7 +156,8 @@ def _state(tensors: State, tokens_U: Tensor, rows_U: Tensor, target: HFTarget) -
     ):
         if name in state:
             state[name] = state[name][rows]
-            if torch.equal(state[name].to(targets), targets):
+            whole = name != "lm_head.weight" or target.plain_lm_head
+            if whole and torch.equal(state[name].to(targets), targets):
                 del state[name]
     return state
 

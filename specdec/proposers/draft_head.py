@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .headfile import check_head, read_head, write_head
@@ -65,7 +64,7 @@ class DraftHead(nn.Module):
     def drafting(self, target: HFTarget, tokens_U: Tensor) -> DraftHead:
         """The same with a draft vocabulary."""
         self.register_buffer("tokens_U", tokens_U.int().to(target.device))
-        self.lm_head = _rows(target.model.get_output_embeddings(), self.tokens_U.long())
+        self.lm_head = target.lm_head_of(self.tokens_U.long())
         return self
 
     def forward(self, embedded_STD: Tensor) -> Tensor:
@@ -103,15 +102,6 @@ def _placed(layer: nn.Module, place: int, shared: dict[int, Any]) -> nn.Module:
         if hasattr(part, "layer_idx"):
             part.layer_idx = place
     return twin
-
-
-def _rows(lm_head: nn.Linear, tokens_U: Tensor) -> nn.Linear:
-    """The LM head's rows of some tokens, with storage of their own."""
-    with torch.device("meta"):
-        cut = nn.Linear(lm_head.in_features, len(tokens_U), bias=lm_head.bias is not None)
-    for name, rows in lm_head.named_parameters():
-        setattr(cut, name, nn.Parameter(rows.detach()[tokens_U], requires_grad=False))
-    return cut
 
 
 def causal_lm(head: DraftHead, target: HFTarget) -> PreTrainedModel:

@@ -51,7 +51,7 @@ class Eagle3Recipe(HeadRecipe):
             raise ValueError(f"head.unroll is {self.unroll}, expected 1 or more: head.unroll=4")
 
     def taps(self, target: HFTarget) -> tuple[Tap, ...]:
-        return (*self._layers(target), "final")
+        return (*self._layers(target), *super().taps(target))
 
     def _layers(self, target: HFTarget) -> tuple[int, ...]:
         n = len(target.layers)
@@ -68,7 +68,8 @@ class Eagle3Recipe(HeadRecipe):
         head = Eagle3Head(self._config(target, len(tokens_U)))
         head.tokens_U.copy_(tokens_U)
         if not self.shared_head:
-            head.lm_head.weight.data.copy_(target.lm_head[head.tokens_U.long()])
+            theirs = target.lm_head_of(head.tokens_U.long())
+            head.lm_head.weight.data.copy_(theirs.scale * theirs.weight)
         _like_the_target(head, target)
         return _borrowing(head, target)
 
@@ -110,7 +111,7 @@ class Eagle3Recipe(HeadRecipe):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         text_X, place_X = batch.said_ST.nonzero(as_tuple=True)
         tokens_U = head.tokens_U.long()
-        laws_XU = laws(batch.hidden["final"][text_X, place_X], target.lm_head[tokens_U])
+        laws_XU = laws(batch.hidden["final"][text_X, place_X], target.lm_head_of(tokens_U))
         drafted_X = torch.isin(batch.next_ST[text_X, place_X], tokens_U)
         fused_STD = head.fuse(batch.hidden[tap].to(head.fc.weight.dtype) for tap in head.config.taps)
         first = max(0, int(place_X.min()) - self.unroll) // GRANULE * GRANULE
@@ -129,7 +130,7 @@ class Eagle3Recipe(HeadRecipe):
 
 
 def _borrowing(head: Eagle3Head, target: HFTarget) -> Eagle3Head:
-    return head.to(target.device).borrow(target.embedding.float(), target.lm_head.float())
+    return head.to(target.device).borrow(target).float()
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:

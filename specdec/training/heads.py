@@ -13,7 +13,8 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from ..target import HFTarget
+from ..lm_head import LMHead
+from ..target import HFTarget, Tap
 from ..zoo import zoo_file
 from .loop import Recipe
 from .texts import TextBatch, Texts
@@ -72,6 +73,11 @@ class HeadRecipe(Recipe):
             raise ValueError(f"head.vocab is {self.vocab}, expected 1 or more: head.vocab=8192")
         if self.start is not None:
             zoo_file(self.start, "head.start")  # before answers are made for nothing
+
+    def taps(self, target: HFTarget) -> tuple[Tap, ...]:
+        """What laws are made of. ValueError: the target makes its own of more than that."""
+        target.lm_head_of()
+        return ("final",)
 
     def fresh(self, target: HFTarget, texts: Texts) -> nn.Module:
         if self.start is not None:
@@ -139,6 +145,6 @@ def expect_shape(path: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 
 
 @torch.no_grad()
-def laws(hidden_XD: Tensor, lm_head_UD: Tensor) -> Tensor:
+def laws(hidden_XD: Tensor, lm_head: LMHead) -> Tensor:
     """[X, U]: the target's laws over the draft vocabulary, from what its LM head read."""
-    return (hidden_XD.to(lm_head_UD.dtype) @ lm_head_UD.T).float().softmax(-1)
+    return lm_head.logits(hidden_XD.to(lm_head.weight.dtype)).float().softmax(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..proposers.medusa import Medusa
 from ..proposers.medusa_heads import KIND, MedusaHeads, MedusaInfo, token_embeddings
-from ..target import HFTarget, Tap
+from ..target import HFTarget
 from ..trees import Chain
 from .heads import HeadRecipe, expect_shape, laws
 from .texts import TextBatch, Texts
@@ -45,13 +45,10 @@ class MedusaRecipe(HeadRecipe):
                 "head.root=true"
             )
 
-    def taps(self, target: HFTarget) -> tuple[Tap, ...]:
-        return ("final",)
-
     def new(self, target: HFTarget, tokens_U: Tensor) -> MedusaHeads:
         tokens_U = tokens_U.to(target.device)
-        lm_head_UD = target.lm_head[tokens_U].float()
-        heads = MedusaHeads(self.heads, lm_head_UD, tokens_U, root=self.root, hydra=self.hydra)
+        lm_head = target.lm_head_of(tokens_U).float()
+        heads = MedusaHeads(self.heads, lm_head, tokens_U, root=self.root, hydra=self.hydra)
         return heads.to(target.device)
 
     def begun(self, target: HFTarget, path: Path, texts: Texts) -> MedusaHeads:
@@ -67,8 +64,8 @@ class MedusaRecipe(HeadRecipe):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         text_X, place_X = batch.said_ST.nonzero(as_tuple=True)
         next_X = batch.next_ST[text_X, place_X]
-        final_XD = batch.hidden["final"][text_X, place_X].to(head.lm_head_UD.dtype)
-        laws_XU = laws(final_XD, head.lm_head_UD)
+        final_XD = batch.hidden["final"][text_X, place_X].to(head.lm_head.weight.dtype)
+        laws_XU = laws(final_XD, head.lm_head)
         drafted_X = torch.isin(next_X, head.tokens_U)
         root_XD = token_embeddings(target, next_X).to(final_XD.dtype)
         path_XJD = _said_next(root_XD, len(head.bias_KD) - 1) if head.hydra else None
