@@ -20,7 +20,7 @@ HALF = EVERY[::2]
 ACCURACY = [[0.5, 0.2, 0.1]]
 OPT = {"ffn_dim": 64, "word_embed_proj_dim": 64}
 ARCHITECTURES = {"llama": {}, "gpt2": {}, "gemma3_text": {}, "mistral": {"sliding_window": 8}, "opt": OPT}
-ARCHITECTURES |= {kind: {} for kind in LOGITS if kind != "gemma2"}
+ARCHITECTURES |= {kind: {} for kind in LOGITS} | {"gpt_oss": {"head_dim": 16, "num_local_experts": 4}}
 
 
 def in_16_bits(model: PreTrainedModel) -> HFTarget:

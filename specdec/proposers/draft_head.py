@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..architecture import stock_attention
 from .headfile import check_head, read_head, write_head
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class DraftHead(nn.Module):
         super().__init__()
         shared: dict[int, Any] = {}
         self.config = copy.deepcopy(target.model.config, shared)
-        _cut(self.config, check_source(source, len(target.layers)))
+        self.config._attn_implementation = stock_attention(target.model)  # until HFTarget sets its own
+        _cut(self.config.get_text_config(), check_source(source, len(target.layers)))
         decoder = target.model.base_model.get_decoder()
         layers = nn.ModuleList(_placed(target.layers[i], place, shared) for place, i in enumerate(source))
         shared[id(target.layers)], shared[id(decoder.get_input_embeddings())] = layers, nn.Identity()
@@ -86,10 +88,8 @@ def check_source(source: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
     return source
 
 
-def _cut(config: Any, source: tuple[int, ...]) -> None:
-    """Have a model's config say these layers only, and stock attention until HFTarget sets its own."""
-    config._attn_implementation = "sdpa"
-    text = config.get_text_config()
+def _cut(text: Any, source: tuple[int, ...]) -> None:
+    """Have a model's config say these layers only."""
     text.num_hidden_layers = len(source)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i] for i in source]
