@@ -8,13 +8,14 @@ Shapes: S texts, T rows, I earlier unrolls, H heads, D width, U draft vocabulary
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..proposers.eagle3 import Eagle3
@@ -142,17 +143,30 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 @torch.no_grad()
 def _like_the_target(head: Eagle3Head, target: HFTarget) -> None:
     """Start from the target's last layer where it has that shape: the LM head expects what that one gives."""
-    width, last = head.config.width, dict(target.layers[-1].named_parameters())
-    norm = getattr(target.model.base_model.get_decoder(), "norm", None)
-    ours = dict(head.named_parameters())
-    for name, weight in ours.items():
+    width, last = head.config.width, dict(target.layers[-1].named_modules())
+    # A layer with four norms gives the second one's name to that of what attention adds.
+    second = "pre_feedforward" if "post_feedforward_layernorm" in last else "post_attention"
+    last["post_attention_layernorm"] = last.get(f"{second}_layernorm")
+    last["norm"] = getattr(target.model.base_model.get_decoder(), "norm", None)
+    for name, ours in head.named_modules():
         theirs = last.get(name)
-        if name == "norm.weight" and norm is not None:
-            weight.copy_(norm.weight)
-        elif theirs is not None and theirs.shape == weight.shape:
-            weight.copy_(theirs)
-        elif theirs is not None and theirs.shape == (weight.shape[0], width):
-            weight[:, width:].copy_(theirs)
+        if theirs is not None and isinstance(ours, nn.RMSNorm):
+            ours.weight.copy_(_gain(theirs, ours.weight))
+        elif isinstance(theirs, nn.Linear) and theirs.weight.shape == ours.weight.shape:
+            ours.weight.copy_(theirs.weight)
+        elif isinstance(theirs, nn.Linear) and theirs.weight.shape == (len(ours.weight), width):
+            ours.weight[:, width:].copy_(theirs.weight)
+
+
+def _gain(norm: nn.Module, otherwise_D: Tensor) -> Tensor:
+    """The weight with which RMSNorm does what this norm does, if there is one: Gemma's count from 1."""
+    weight_D = getattr(norm, "weight", None)
+    if weight_D is None:
+        return otherwise_D
+    probe_D = torch.linspace(-1, 2, len(weight_D)).to(weight_D)
+    normed_D, given_D = F.rms_norm(probe_D, probe_D.shape), norm(probe_D)
+    near = partial(torch.allclose, given_D, rtol=0, atol=torch.finfo(weight_D.dtype).eps ** 0.5)
+    return next((gain_D for gain_D in (weight_D, 1 + weight_D) if near(gain_D * normed_D)), otherwise_D)
 
 
 def unroll(
