@@ -141,6 +141,7 @@ class Judged(HeadRecipe):
     kind = "judged"
     taps = new = begun = save = proposer = lambda *_: None
     depths: tuple = ()
+    decay = 0.5
 
     def judged(self, *_: object) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield from self.depths
@@ -149,7 +150,7 @@ class Judged(HeadRecipe):
 def test_a_loss_is_the_mean_over_what_can_be_drafted_deeper_ones_count_less() -> None:
     teacher_XU, logits_XU = torch.rand(4, 5).softmax(-1), torch.randn(4, 5)
     drafted_X = torch.tensor([True, False, True, True])
-    recipe = Judged(decay=0.5, objective="tv")
+    recipe = Judged(objective="tv")
     depths = ((logits_XU, teacher_XU, drafted_X), (logits_XU[2:], teacher_XU[2:], drafted_X[:2]))
     object.__setattr__(recipe, "depths", depths)
     tv = [plain_tv(p, q) for p, q in zip(teacher_XU.tolist(), logits_XU.softmax(-1).tolist(), strict=True)]

@@ -28,7 +28,7 @@ class DraftInfo:
     """What a file says of itself.
 
     source       which of the target's layers these started as
-    accuracy_KR  [0][r]: how often the rank-r token was right where all before it were right. One row for all
+    accuracy_KR  [0][r]: how often the rank-r token was right, told the right ones before it. One row for all
                  depths: what this draft has read at any depth are tokens, so it can't tell which it drafted
     """
 

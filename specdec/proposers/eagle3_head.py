@@ -159,7 +159,7 @@ class Eagle3Head(nn.Module):
 class Eagle3Info:
     """What a file says of itself.
 
-    accuracy_KR  [k][r]: how often the rank-r token at depth k + 1 was right where all before it were right
+    accuracy_KR  [k][r]: how often the rank-r token at depth k + 1 was right, told the right ones before it
     """
 
     config: Eagle3Config

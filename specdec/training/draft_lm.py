@@ -36,8 +36,7 @@ class DraftLMRecipe(HeadRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers < 1:
-            raise ValueError(f"head.layers is {self.layers}, expected 1 or more: head.layers=2")
+        self.expect("layers", self.layers >= 1, "1 or more", 2)
 
     def new(self, target: HFTarget, tokens_U: Tensor) -> DraftHead:
         return _trainable(DraftHead(target, self._source(target)).drafting(target, tokens_U))

@@ -34,11 +34,13 @@ class Eagle3Recipe(HeadRecipe):
 
     layers       of the target, read at their entrance; null: 2, the middle, the last but two
     unroll       steps of the training-time test
+    decay        an unroll's share of the loss, against the one before
     shared_head  draft with the target's own LM head, cut to the draft vocabulary, instead of a trained copy
     """
 
     layers: tuple[int, ...] | None = None
     unroll: int = 4
+    decay: float = 0.8
     fc_norm: bool = True
     post_norm: bool = True
     norm_before_residual: bool = False
@@ -48,8 +50,7 @@ class Eagle3Recipe(HeadRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unroll < 1:
-            raise ValueError(f"head.unroll is {self.unroll}, expected 1 or more: head.unroll=4")
+        self.expect("unroll", self.unroll >= 1, "1 or more", 4)
 
     def taps(self, target: HFTarget) -> tuple[Tap, ...]:
         return (*self._layers(target), *super().taps(target))

@@ -26,19 +26,20 @@ class MedusaRecipe(HeadRecipe):
     heads  how many; each looks one token further
     root   they read the root's embedding too; false: Medusa-1 as published, which other engines can load
     hydra  they read those of all tokens drafted before too, in training the true ones
+    decay  a head's share of the loss, against the head before
     """
 
     lr: float = 2e-3
     heads: int = 3
     root: bool = True
     hydra: bool = False
+    decay: float = 0.8
 
     kind: ClassVar[str] = KIND
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1:
-            raise ValueError(f"head.heads is {self.heads}, expected 1 or more: head.heads=3")
+        self.expect("heads", self.heads >= 1, "1 or more", 3)
         if self.hydra and not self.root:
             raise ValueError(
                 "head.hydra=true, head.root=false: heads that read the drafted path read the root before it: "
