@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from specdec.onpolicy import write_answers
 from specdec.proposers.medusa_heads import MedusaHeads, token_embeddings
+from specdec.training import loop
 from specdec.training.eagle3 import Eagle3Recipe
 from specdec.training.estimate import kept_for_backward
 from specdec.training.heads import OBJECTIVES, HeadRecipe
-from specdec.training.loop import best_row, train
+from specdec.training.loop import Progress, best_row, train
 from specdec.training.medusa import MedusaRecipe
 from specdec.training.texts import GRANULE, Texts, split
 
@@ -201,14 +202,32 @@ def test_accumulated_batches_are_one_big_batch(rows: int, shards: list[Path], tm
 
 @RECIPES
 def test_a_forward_in_16_bits_updates_weights_in_32(
-    recipe: HeadRecipe, shards: list[Path], tmp_path: Path
+    recipe: HeadRecipe, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = [
-        [row["loss"] for row in train(tiny(), shards, each, tmp_path / "h.safetensors") if "loss" in row]
-        for each in (recipe, replace(recipe, dtype="bfloat16"))
-    ]
-    assert losses[0] != losses[1]
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
+    losses, weights = [], []
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.safetensors"
+        begun = begun_training(shards, replace(recipe, dtype=dtype), out)
+        losses.append(begun["curve"][-1]["loss"])
+        weights.append(begun["head"])
+    assert losses[0] != losses[1], "the forward is in 16 bits"
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    for name, weight in weights[1].items():
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float()), f"{name} has 16 bits only"
+
+
+def begun_training(shards: list[Path], recipe: HeadRecipe, out: Path) -> dict:
+    """The state after two steps."""
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(tiny(), shards, recipe, out, report=stop)
+    return torch.load(out.with_suffix(".state"), weights_only=True)
 
 
 def test_a_loss_that_is_no_number_ends_it(shards: list[Path], tmp_path: Path) -> None:
