@@ -9,7 +9,7 @@ Shapes: B batch, N nodes, V vocabulary, A accepted, X any leading shape.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,15 +19,9 @@ from specdec_kernels.tree_accept import block, recursive, walk
 from specdec_kernels.tree_accept.naive import all_the_way, one_hot, path_to, paths, residual, strike
 
 from .rng import Purpose, Stream, StreamBatch
-from .sampling import LawBatch
+from .sampling import LawBatch, LawTable
 from .transfer import constant
 from .tree import TokenTree, TreeBatch, Verdict, VerdictBatch
-
-
-class LawTable(Protocol):
-    """The target's laws p: a tensor [N, V], or `sampling.Laws`, which computes the rows asked for."""
-
-    def __getitem__(self, node: int) -> Tensor: ...
 
 
 class Rule(ABC):
@@ -190,6 +184,13 @@ class Typical(Rule):
 
     lossless = False
     deterministic_only = True
+
+    def __post_init__(self) -> None:
+        for name, usual in (("epsilon", 0.09), ("delta", 0.3)):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ValueError(
+                    f"accept.{name} is {value}, expected a number in (0, 1]: accept.{name}={usual}"
+                )
 
     def __call__(self, tree: TokenTree, p: LawTable, stream: Stream) -> Verdict:
         paths: dict[int, tuple[list[int], float]] = {0: ([], 0.0)}  # of each node that stands, and its log p

@@ -33,6 +33,12 @@ def slides(config: PreTrainedConfig) -> bool:
     return bool(used and 0 < (getattr(config, "sliding_window", None) or 0) < longest_text(config))
 
 
+def stock_attention(model: PreTrainedModel) -> str:
+    """The attention of `transformers` that gives what ours does: its sdpa leaves out softcaps and sinks."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped or not model._supports_sdpa else "sdpa"
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a causal LM, or of the language model in a multimodal one."""
     wanted = model.config.get_text_config().num_hidden_layers

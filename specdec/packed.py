@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardware import memory_gib, native_bf16
+from .lm_head import LMHead
 
 ROWS = 8  # MKL packs for one number of rows; with another it takes the stock product
 FEWEST = 4  # fewer rows than this are fast as they are
@@ -22,16 +23,16 @@ Forwards = dict[nn.Module, Callable[[Tensor], Tensor]]
 
 def packed_head(head: nn.Module | None) -> Forwards:
     """The LM head through oneDNN, for any number of rows; nothing where packing is not to be had."""
-    if not isinstance(head, nn.Linear) or not _onednn_packs(head.weight):
+    if not isinstance(head, nn.Linear | LMHead) or not _onednn_packs(head.weight):
         return {}
     return {head: _through_onednn(head.weight, head.bias)}
 
 
-def packed_product(weight_UD: Tensor) -> Callable[[Tensor], Tensor]:
-    """x @ weight.T for any number of rows, through oneDNN where packing is to be had."""
+def packed_product(weight_UD: Tensor, bias_U: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x @ weight.T + bias for any number of rows, through oneDNN where packing is to be had."""
     if not _onednn_packs(weight_UD):
-        return lambda x: F.linear(x, weight_UD)
-    return _through_onednn(weight_UD, None)
+        return lambda x: F.linear(x, weight_UD, bias_U)
+    return _through_onednn(weight_UD, bias_U)
 
 
 def packed_layers(decoder: nn.Module) -> Forwards:

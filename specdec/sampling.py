@@ -6,6 +6,7 @@ Shapes: B batch, N nodes, V vocabulary, K candidates kept, X any leading shape.
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +72,12 @@ class Sampling:
             if (p_XV.gather(-1, ids_XK).sum(-1) >= self.top_p).all():
                 return ids_XK
         return _most_likely(p_XV, vocab)
+
+
+class LawTable(Protocol):
+    """The target's laws p: a tensor [N, V], or `Laws`, which computes the rows asked for."""
+
+    def __getitem__(self, node: int) -> Tensor: ...
 
 
 def _most_likely(p_XV: Tensor, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from .architecture import decoder_layers, longest_text, refuse_unsupported, slid
 from .attention import ATTENTION
 from .cache import DeviceCache, SlotCache
 from .engine import Engine, Graphs, compiled
+from .lm_head import LMHead, alike, probed
 from .packed import FEWEST, ROWS, Forwards, packed_head, packed_layers, replaced
 from .transfer import in_dtype
 from .tree import TokenTree, TreeBatch, Verdict
@@ -62,7 +63,6 @@ class HFTarget:
     ) -> None:
         self.model, self.config = model, model.config.get_text_config()
         refuse_unsupported(self.config, model)
-        self.needs_hidden = needs_hidden
         self.tokenizer, self.name, self.fingerprint = tokenizer, name, fingerprint
         self.layers = decoder_layers(model)
         self.vocab: int = self.config.vocab_size
@@ -75,7 +75,9 @@ class HFTarget:
         self._forwards = packed_head(self._head) | self._body()
         self.cache = self._cache_type(len(self.layers), 1, 0)
         model.set_attn_implementation(ATTENTION)
-        self._probe()
+        self.needs_hidden: tuple[Tap, ...] = ("final",)
+        self._lm_head = self._probe()
+        self.needs_hidden = needs_hidden
 
     def _body(self) -> Forwards:
         """What runs in the place of modules of the decoder."""
@@ -93,6 +95,21 @@ class HFTarget:
     def lm_head(self) -> Tensor:
         """The LM head's weight [V, D]."""
         return self._head.weight.detach()
+
+    def lm_head_of(self, tokens_U: Tensor | slice = slice(None)) -> LMHead:
+        """What makes logits of the "final" tap, for some tokens or all. ValueError: more than this does."""
+        if self._lm_head is None:
+            raise ValueError(
+                f"{type(self.model).__name__} makes logits by more than an LM head, a bias, a scale and a "
+                "cap, all that heads know: choose proposer=ngram, proposer=draft_lm proposer.layers=1, or "
+                "another target.path"
+            )
+        return self._lm_head.rows(tokens_U)
+
+    @property
+    def plain_lm_head(self) -> bool:
+        """Whether logits are the product of the "final" tap with `lm_head` and nothing else."""
+        return self._lm_head is not None and self._lm_head.plain
 
     @property
     def embedding(self) -> Tensor:
@@ -219,23 +236,26 @@ class HFTarget:
             return ROWS // batch
         return few_sizes(rows, self.dtype)
 
-    def _probe(self) -> None:
-        """ValueError unless a small tree shows that attention, window and positions are left to us."""
+    def _probe(self) -> LMHead | None:
+        """ValueError unless a small tree shows that attention, window and positions are left to us.
+
+        The LM head, unless the tree shows that it is not all that makes the logits.
+        """
         self.reserve(1, 1)
         batch = TreeBatch.pack([TokenTree([1, 2, 2], [-1, 0, 0])], self.padded(3), self.device)
         readers: dict[nn.Module, int | None] = {}
-        logits_1NV, _ = self._forward(
+        logits_1NV, hidden = self._forward(
             [0], batch.tokens_BN, batch.depth_BN, batch.ancestors_BNN, self.model, readers=readers
         )
-        name, (one_V, twin_V) = type(self.model).__name__, logits_1NV[0, 1:3].float()
+        name, (one_V, twin_V) = type(self.model).__name__, logits_1NV[0, 1:3]
         if len(readers) != len(self.layers):
             problem = f"calls the attention registry in {len(readers)} of {len(self.layers)} layers"
         elif slides(self.config) and not any(readers.values()):
             problem = f"applies its window of {self.config.sliding_window} by a mask of its own"
-        elif (one_V - twin_V).abs().max() > one_V.abs().max() * torch.finfo(self.dtype).eps ** 0.5:
+        elif not alike(one_V, twin_V, self.dtype):
             problem = "tells siblings with the same token apart, so it counts positions itself"
         else:
-            return
+            return probed(self.model, hidden["final"][:, :3], logits_1NV[:, :3])
         raise ValueError(f"{name} {problem}: it can't score trees; choose another target.path")
 
 

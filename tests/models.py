@@ -32,6 +32,13 @@ from specdec.tree import TokenTree
 from specdec.trees import Chain
 
 VOCAB, PERIOD, WINDOW = 32, 8, 8
+# What makes logits of the LM head's products is not nothing: a scale of either kind, a cap, a bias.
+LOGITS: dict[str, dict] = {
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+    "phi": {},
+}
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 3, 9], [1], [4, 4, 4, 2, 2, 5, 6, 7, 9, 9]]
 CYCLE = [(t + 1) % PERIOD if t < PERIOD else t for t in range(VOCAB)]
@@ -46,6 +53,17 @@ def tiny_model(architecture: str = "llama") -> PreTrainedModel:
 def _tiny(architecture: str) -> Loaded:
     window = {"sliding_window": WINDOW} if architecture == "mistral" else {}
     return random_model(architecture, {"vocab_size": VOCAB} | window, device="cpu")
+
+
+def sharp_model(architecture: str, **config: object) -> PreTrainedModel:
+    """A random model whose logits are some units apart before it scales and caps them."""
+    sizes = {"vocab_size": VOCAB} | LOGITS.get(architecture, {}) | config
+    model = random_model(architecture, sizes, device="cpu").model
+    head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(5)
+    head.weight.data.normal_(std=3 * head.in_features**-0.5, generator=generator)
+    if head.bias is not None:
+        head.bias.data.normal_(std=3, generator=generator)
+    return model
 
 
 @cache
@@ -88,7 +106,7 @@ def cyclic() -> HFTarget:
 
 def cyclic_heads() -> MedusaHeads:
     """Heads that are always right about `cyclic`: the k-th turns t into the token k further in the cycle."""
-    heads, turned = MedusaHeads(len(ACCURACY), cyclic().lm_head, torch.arange(VOCAB)), torch.eye(VOCAB)
+    heads, turned = MedusaHeads(len(ACCURACY), cyclic().lm_head_of(), torch.arange(VOCAB)), torch.eye(VOCAB)
     with torch.no_grad():
         for weight_DD in heads.weight_KDD:
             turned = turned[:, torch.tensor(CYCLE).argsort()]
@@ -99,7 +117,7 @@ def cyclic_heads() -> MedusaHeads:
 def untrained_heads(target: HFTarget, tokens: list[int], hydra: bool = False) -> MedusaHeads:
     """Heads with random weights that draft `tokens` only."""
     tokens_U = torch.tensor(tokens)
-    heads = MedusaHeads(len(ACCURACY), target.lm_head[tokens_U], tokens_U, hydra=hydra)
+    heads = MedusaHeads(len(ACCURACY), target.lm_head_of(tokens_U), tokens_U, hydra=hydra)
     with torch.no_grad():
         if hydra:
             heads.path_PDD.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
@@ -124,7 +142,7 @@ def untrained_eagle(target: HFTarget, tokens: list[int], **flags: object) -> Eag
         for parameter in head.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     head.tokens_U.copy_(torch.tensor(tokens))
-    return head.borrow(target.embedding, target.lm_head).requires_grad_(False)
+    return head.borrow(target).requires_grad_(False)
 
 
 def cyclic_eagle() -> Eagle3Head:
@@ -138,7 +156,7 @@ def cyclic_eagle() -> Eagle3Head:
     for name in "qkv":
         head.self_attn[f"{name}_proj"].weight.data[:, :VOCAB] = torch.eye(VOCAB)
     head.self_attn["o_proj"].weight.data = 10 * torch.eye(VOCAB)  # against what is fed back
-    return head.borrow(cyclic().embedding, cyclic().lm_head).requires_grad_(False)
+    return head.borrow(cyclic()).requires_grad_(False)
 
 
 def save_eagle(head: Eagle3Head, target: HFTarget, path: Path) -> str:

@@ -278,3 +278,13 @@ def test_the_synthetic_schedule_is_followed() -> None:
 def test_wrong_rates_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"accept.rates is \[.*expected numbers in \[0, 1\]"):
         Synthetic(rates)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "usual"), [({"epsilon": -1}, 0.09), ({"epsilon": 1.5}, 0.09), ({"delta": 0}, 0.3)], ids=str
+)
+def test_a_typical_threshold_that_takes_all_or_nothing_is_refused(wrong: dict, usual: float) -> None:
+    ((name, value),) = wrong.items()
+    expected = rf"accept.{name} is {value}, expected a number in \(0, 1\]: accept.{name}={usual}"
+    with pytest.raises(ValueError, match=expected):
+        Typical(**wrong)

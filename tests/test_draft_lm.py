@@ -3,65 +3,39 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from models import PROMPTS, VOCAB, below, plain, requests, run, tiny, tokens_per_step
+from drafts import (
+    ACCURACY,
+    ARCHITECTURES,
+    HALF,
+    deep,
+    exact,
+    in_16_bits,
+    saved,
+    text_logits,
+    untrained,
+)
+from models import (
+    PROMPTS,
+    below,
+    plain,
+    requests,
+    run,
+    sharp_model,
+    tiny,
+    tokens_per_step,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.decode import Sequence
-from specdec.loading import fingerprint, random_model
-from specdec.proposers.draft_head import KIND, DraftHead, DraftInfo, load, save
+from specdec.proposers.draft_head import KIND, DraftInfo, load
 from specdec.proposers.draft_lm import DraftLM
-from specdec.target import HFTarget
 from specdec.transfer import in_dtype
 from specdec.trees import Chain, Sampled, Static, TopK, TreePolicy
-
-EVERY = list(range(VOCAB))
-HALF = EVERY[::2]
-ACCURACY = [[0.5, 0.2, 0.1]]
-OPT = {"ffn_dim": 64, "word_embed_proj_dim": 64}
-ARCHITECTURES = {"llama": {}, "gpt2": {}, "gemma3_text": {}, "mistral": {"sliding_window": 8}, "opt": OPT}
-
-
-def in_16_bits(model: PreTrainedModel) -> HFTarget:
-    """A target in float32 whose weights a file in bfloat16 holds exactly."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
-    return HFTarget(model, name="exact", fingerprint=fingerprint(model))
-
-
-@cache
-def exact(architecture: str = "llama") -> HFTarget:
-    sizes = {"vocab_size": VOCAB} | ARCHITECTURES[architecture]
-    return in_16_bits(random_model(architecture, sizes, device="cpu").model)
-
-
-@cache
-def deep() -> HFTarget:
-    """Of five layers."""
-    return in_16_bits(random_model(config={"vocab_size": VOCAB, "num_hidden_layers": 5}, device="cpu").model)
-
-
-def untrained(target: HFTarget, source: tuple[int, ...] = (0, 1), tokens: list[int] = EVERY) -> DraftHead:
-    return DraftHead(target, source).drafting(target, torch.tensor(tokens))
-
-
-def saved(head: DraftHead, target: HFTarget, source: tuple[int, ...], folder: Path) -> str:
-    path = folder / "draft.safetensors"
-    save(path, head, DraftInfo(source, target.name, target.fingerprint, ACCURACY))
-    return str(path)
-
-
-def text_logits(head: DraftHead, target: HFTarget, text: list[int]) -> Tensor:
-    """[T, U] of a whole text at once, as training computes them."""
-    with torch.inference_mode():
-        embedded_1TD = target.model.get_input_embeddings()(torch.tensor([text]))
-        return head.lm_head(head(embedded_1TD.to(head.lm_head.weight.dtype)))[0]
 
 
 def test_a_draft_survives_a_file(tmp_path: Path) -> None:
@@ -131,7 +105,7 @@ def test_the_assistant_of_transformers_has_the_whole_vocabulary(tmp_path: Path) 
     path, ids = saved(untrained(exact(), tokens=HALF), exact(), (0, 1), tmp_path), torch.tensor([[5, 6, 7]])
     assistant = DraftLM(exact(), Chain(), heads=path).assistant
     assistant.set_attn_implementation("sdpa")
-    want = random_model(config={"vocab_size": VOCAB}, device="cpu").model
+    want = sharp_model("llama")
     in_16_bits(want).model.set_attn_implementation("sdpa")
     got_1TV = assistant(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got_1TV, want(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)

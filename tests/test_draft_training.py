@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from drafts import deep, text_logits
 from models import CYCLE, VOCAB, cyclic, plain, requests
-from test_draft_lm import deep, text_logits
 
 from specdec.loading import random_model
 from specdec.proposers.draft_head import DraftHead, load

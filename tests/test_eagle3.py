@@ -38,7 +38,8 @@ class Reference:
     """The published equations, a row at a time, in float64, with nothing cached."""
 
     def __init__(self, head: Eagle3Head) -> None:
-        self.w = {name: t.double() for name, t in head.state_dict().items()}
+        held = head.state_dict() | {"lm_head.weight": head.lm_head.weight}
+        self.w = {name: t.double() for name, t in held.items()}
         self.config = head.config
 
     def norm(self, name: str, x_D: Tensor) -> Tensor:

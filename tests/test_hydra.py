@@ -50,7 +50,7 @@ class Reference:
 
     def __init__(self, heads: MedusaHeads, target: HFTarget) -> None:
         self.w = {name: t.double() for name, t in heads.state_dict().items() if name != "tokens_U"}
-        self.lm_head_UD, self.embedding_VD = heads.lm_head_UD.double(), target.embedding.double()
+        self.lm_head_UD, self.embedding_VD = heads.lm_head.weight.double(), target.embedding.double()
         pairs = [(k, j) for k in range(1, len(heads.bias_KD) + 1) for j in range(1, k)]
         self.square = {pair: self.w["path_PDD"][p] for p, pair in enumerate(pairs)}
 
@@ -216,7 +216,7 @@ def test_heads_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_one_head_has_no_path_to_read(tmp_path: Path) -> None:
-    heads = MedusaHeads(1, tiny().lm_head, torch.arange(VOCAB), hydra=True)
+    heads = MedusaHeads(1, tiny().lm_head_of(), torch.arange(VOCAB), hydra=True)
     path = tmp_path / "one.safetensors"
     heads.save(path, replace(info(tiny()), heads=1, accuracy_KR=ACCURACY[:1]))
     proposer, seqs = Medusa(tiny(), TopK(), heads=str(path)), requests(PROMPTS, 12)

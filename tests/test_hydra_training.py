@@ -62,7 +62,7 @@ def test_a_path_that_is_one_token_late_is_caught(batch, monkeypatch: pytest.Monk
 
 def test_a_step_down_the_gradient_lowers_the_loss(batch) -> None:
     recipe = MedusaRecipe(heads=3, hydra=True)
-    heads = MedusaHeads(3, tiny().lm_head, torch.arange(VOCAB), hydra=True)
+    heads = MedusaHeads(3, tiny().lm_head_of(), torch.arange(VOCAB), hydra=True)
     loss = recipe.loss(heads, tiny(), batch)
     loss.backward()
     assert all(square.any() for square in heads.path_PDD.grad), "every square is read"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from specdec.onpolicy import write_answers
 from specdec.proposers.medusa_heads import MedusaHeads, token_embeddings
-from specdec.training import heldout
+from specdec.training import heldout, loop
 from specdec.training.eagle3 import Eagle3Recipe
 from specdec.training.heads import OBJECTIVES, HeadRecipe
-from specdec.training.loop import best_row, train
+from specdec.training.loop import Progress, best_row, train
 from specdec.training.medusa import MedusaRecipe
 from specdec.training.texts import GRANULE, Texts, split
 
@@ -153,6 +153,7 @@ class Judged(HeadRecipe):
     kind = "judged"
     taps = new = begun = save = proposer = lambda *_: None
     depths: tuple = ()
+    decay = 0.5
 
     def judged(self, *_: object) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield from self.depths
@@ -161,7 +162,7 @@ class Judged(HeadRecipe):
 def test_a_loss_is_the_mean_over_what_can_be_drafted_deeper_ones_count_less() -> None:
     teacher_XU, logits_XU = torch.rand(4, 5).softmax(-1), torch.randn(4, 5)
     drafted_X = torch.tensor([True, False, True, True])
-    recipe = Judged(decay=0.5, objective="tv")
+    recipe = Judged(objective="tv")
     depths = ((logits_XU, teacher_XU, drafted_X), (logits_XU[2:], teacher_XU[2:], drafted_X[:2]))
     object.__setattr__(recipe, "depths", depths)
     tv = [plain_tv(p, q) for p, q in zip(teacher_XU.tolist(), logits_XU.softmax(-1).tolist(), strict=True)]
@@ -188,7 +189,7 @@ def test_heads_learn_what_the_target_says(kind: Callable[..., HeadRecipe], tmp_p
 
 
 def test_an_untrained_head_repeats_the_lm_head_whatever_the_root() -> None:
-    heads = MedusaHeads(2, tiny().lm_head, torch.arange(tiny().vocab))
+    heads = MedusaHeads(2, tiny().lm_head_of(), torch.arange(tiny().vocab))
     hidden_XD = torch.randn(3, tiny().lm_head.shape[1])
     root_XD = token_embeddings(tiny(), torch.tensor([1, 2, 3]))
     repeated_KXU = (hidden_XD @ tiny().lm_head.T).expand(2, -1, -1)
@@ -212,14 +213,32 @@ def test_accumulated_batches_are_one_big_batch(rows: int, shards: list[Path], tm
 
 @RECIPES
 def test_a_forward_in_16_bits_updates_weights_in_32(
-    recipe: HeadRecipe, shards: list[Path], tmp_path: Path
+    recipe: HeadRecipe, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = [
-        [row["loss"] for row in train(tiny(), shards, each, tmp_path / "h.safetensors") if "loss" in row]
-        for each in (recipe, replace(recipe, dtype="bfloat16"))
-    ]
-    assert losses[0] != losses[1]
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1)
+    losses, weights = [], []
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.safetensors"
+        begun = begun_training(shards, replace(recipe, dtype=dtype), out)
+        losses.append(begun["curve"][-1]["loss"])
+        weights.append(begun["head"])
+    assert losses[0] != losses[1], "the forward is in 16 bits"
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    for name, weight in weights[1].items():
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float()), f"{name} has 16 bits only"
+
+
+def begun_training(shards: list[Path], recipe: HeadRecipe, out: Path) -> dict:
+    """The state after two steps."""
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(tiny(), shards, recipe, out, report=stop)
+    return torch.load(out.with_suffix(".state"), weights_only=True)
 
 
 def test_a_loss_that_is_no_number_ends_it(shards: list[Path], tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from answers import EAGLE, MEDUSA, SMALL, collected, weights
-from models import VOCAB, tiny
+from models import VOCAB, tiny, tiny_model
 from safetensors.torch import load_file
 
+from specdec.target import HFTarget
 from specdec.training.draft_lm import DraftLMRecipe
 from specdec.training.heads import HeadRecipe
 from specdec.training.loop import train
@@ -55,8 +56,7 @@ def test_its_vocabulary_follows_what_the_target_says(
     assert weights(copy) | {"tokens_U": before} == weights(file) | {"tokens_U": before}, (
         "no other weight changes"
     )
-    lm_head_UD = head.lm_head_UD if hasattr(head, "lm_head_UD") else head.lm_head.weight
-    assert torch.equal(lm_head_UD, tiny().lm_head[head.tokens_U.long()])
+    assert torch.equal(head.lm_head.weight, tiny().lm_head[head.tokens_U.long()])
 
 
 def test_a_head_with_an_lm_head_of_its_own_keeps_its_vocabulary(shards: list[Path], tmp_path: Path) -> None:
@@ -83,3 +83,37 @@ def test_another_head_than_the_recipe_says_is_refused(shards: list[Path], tmp_pa
 def test_a_head_that_is_not_there_is_noticed_at_once() -> None:
     with pytest.raises(ValueError, match=r"^head.start=nowhere: no such file"):
         replace(EAGLE, start="nowhere")
+
+
+NORMS = {"llama": [("input_layernorm", "input_layernorm"), ("post_attention_layernorm",) * 2]}
+NORMS |= {"gemma3_text": [NORMS["llama"][0], ("post_attention_layernorm", "pre_feedforward_layernorm")]}
+NORMS |= {"olmo2": []}  # norms what attention and MLP add, which an EAGLE-3 head does not
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_an_eagle3_head_begins_with_norms_that_do_what_the_target_s_do(kind: str) -> None:
+    model = tiny_model(kind)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    head = EAGLE.new(HFTarget(model), torch.arange(VOCAB))
+    x_XD = torch.randn(5, head.config.width) + 1
+    layer = model.model.layers[-1]
+    pairs = [(head.norm, model.model.norm)]
+    pairs += [(getattr(head, ours), getattr(layer, theirs)) for ours, theirs in NORMS[kind]]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours(x_XD), theirs(x_XD), atol=1e-4, rtol=1e-4)
+    begun = {id(ours) for ours, _ in pairs}
+    for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        ours = getattr(head, name)
+        assert id(ours) in begun or bool((ours.weight == 1).all()), f"{name} has weights of another norm"
+
+
+@pytest.mark.parametrize("kind", ["phi", "cohere"])
+def test_a_norm_that_takes_the_mean_away_is_not_copied(kind: str) -> None:
+    model = tiny_model(kind)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.fill_(3)
+    head = EAGLE.new(HFTarget(model), torch.arange(VOCAB))
+    assert all((w == 1).all() for name, w in head.named_parameters() if "norm" in name)

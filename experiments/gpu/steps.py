@@ -135,7 +135,7 @@ class Steps:
         if nodes == 1:
             return NoDraft(target, Chain())
         tokens_U = torch.arange(min(DRAFT_VOCAB, target.vocab), device=self.device)
-        heads = MedusaHeads(HEADS, target.lm_head[tokens_U], tokens_U)
+        heads = MedusaHeads(HEADS, target.lm_head_of(tokens_U), tokens_U)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "heads.safetensors"
             heads.save(file, MedusaInfo(HEADS, target.lm_head.shape[1], target.name, target.fingerprint, []))

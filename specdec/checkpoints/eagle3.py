@@ -51,7 +51,10 @@ def eagle3_head(reading: Reading, target: HFTarget) -> Eagle3Head:
     weights = dict(reading.state)
     own_VD = weights.pop("embed_tokens.weight", None)
     head = ready(Eagle3Head(reading.config), weights, target)
-    return head if own_VD is None else head.borrow(own_VD.to(target.device, target.dtype), target.lm_head)
+    if own_VD is not None:
+        own_VD = own_VD.to(target.device, target.dtype)
+        head.embed_tokens = torch.nn.Embedding.from_pretrained(own_VD, freeze=True)
+    return head
 
 
 class Eagle3InMemory(Eagle3):
@@ -140,13 +143,17 @@ def _target_ids(d2t_U: Tensor, t2d_V: Tensor | None) -> Tensor:
 
 
 def _state(tensors: State, tokens_U: Tensor, rows_U: Tensor, target: HFTarget) -> State:
-    """The head's own tensors; without embeddings or an LM head that only copy the target's."""
+    """The head's own tensors; without embeddings or an LM head that only copy the target's.
+
+    Such heads use an LM head as it is: it is no copy where the target scales, caps or has a bias.
+    """
     state = {name: t for name, t in tensors.items() if name not in IGNORED}
     state["tokens_U"] = tokens_U.int()
     if "lm_head.weight" in state:
         state["lm_head.weight"] = state["lm_head.weight"][rows_U]
     lm_head_UD = target.lm_head[tokens_U.to(target.device)]
-    copies = {"embed_tokens.weight": target.embedding, "lm_head.weight": lm_head_UD}
+    copies = {"embed_tokens.weight": target.embedding}
+    copies |= {"lm_head.weight": lm_head_UD} if target.plain_lm_head else {}
     state = {n: t for n, t in state.items() if n not in copies or not _copied(t, copies[n])}
     if "embed_tokens.weight" in state:
         state["embed_tokens.weight"] = _padded(state["embed_tokens.weight"], target.embedding)

@@ -147,7 +147,7 @@ def vllm_medusa(native: Native, target: HFTarget, verifier: str | None) -> Writt
             "python -m specdec.train head=medusa head.hydra=false head.root=false"
         )
     tokens_U, vocab = state["tokens_U"].long(), target.vocab
-    tensors = {"lm_heads.0.weight": target.lm_head[tokens_U.to(target.device)]}
+    tensors = {"lm_heads.0.weight": _lm_head(target, tokens_U)}
     if len(tokens_U) < vocab:
         tensors["token_map"] = tokens_U
     for k in range(heads):
@@ -198,11 +198,23 @@ def _eagle3_tensors(native: Native, target: HFTarget, prefix: str) -> dict[str, 
     tokens_U = state.pop("tokens_U").long()
     top = ("fc.", "fc_norm.", "input_norm.", "norm.", "lm_head.", "embed_tokens.")
     tensors = {name if name.startswith(top) else prefix + name: t for name, t in state.items()}
-    tensors.setdefault("lm_head.weight", target.lm_head[tokens_U.to(target.device)])
+    if "lm_head.weight" not in tensors:
+        tensors["lm_head.weight"] = _lm_head(target, tokens_U)
     if len(tokens_U) < target.vocab:
         tensors["d2t"] = tokens_U - torch.arange(len(tokens_U))
         tensors["t2d"] = torch.zeros(target.vocab, dtype=torch.bool).index_fill_(0, tokens_U, True)
     return tensors
+
+
+def _lm_head(target: HFTarget, tokens_U: Tensor) -> Tensor:
+    """[U, D]: the target's rows. ValueError: it does more than multiply with them, which no format tells."""
+    if not target.plain_lm_head:
+        raise ValueError(
+            f"the heads draft with the LM head of {target.name}, which scales, caps or adds a bias; expected "
+            "an LM head of their own, all that other projects know: choose other heads=FILE, or train some: "
+            "python -m specdec.train head=eagle3 head.shared_head=false"
+        )
+    return target.lm_head[tokens_U.to(target.device)]
 
 
 def _dtype(native: Native) -> str:

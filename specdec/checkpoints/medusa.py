@@ -61,7 +61,7 @@ def medusa_heads(reading: Reading, target: HFTarget) -> MedusaHeads:
     """The heads on the target's device and dtype."""
     tokens_U = reading.state["tokens_U"].long().to(target.device)
     own = "lm_head_KUD" in reading.state
-    heads = MedusaHeads(reading.config.heads, target.lm_head[tokens_U], tokens_U, root=False, own=own)
+    heads = MedusaHeads(reading.config.heads, target.lm_head_of(tokens_U), tokens_U, root=False, own=own)
     heads.load_state_dict(reading.state | {"tokens_U": tokens_U})
     return heads.to(target.device, target.dtype).eval().requires_grad_(False)
 
@@ -139,7 +139,7 @@ def _vocabulary(config: dict[str, Any], parts: _Parts, vocab: int) -> Tensor:
 
 
 def _lm_heads(parts: _Parts, K: int, ids_U: Tensor, target: HFTarget) -> Tensor | None:
-    """[K, U, D], rows ascending by token; None where they are all the target's own."""
+    """[K, U, D], rows ascending by token; None where they are all the target's, which does nothing else."""
     if not parts.whole:
         return None
     found = [parts.shared] * K if parts.shared is not None else [parts.lm_heads.get(k) for k in range(K)]
@@ -151,6 +151,6 @@ def _lm_heads(parts: _Parts, K: int, ids_U: Tensor, target: HFTarget) -> Tensor 
         shapes = {k: tuple(t.shape) for k, t in parts.lm_heads.items()}
         raise Unusable(f"has LM heads of {shapes}, expected {K} of {(len(ids_U), width)}")
     cut = [t[ids_U[order_U] if len(t) > len(ids_U) else order_U] for t in found]
-    if all(torch.equal(t.to(lm_head_UD), lm_head_UD) for t in cut):
+    if target.plain_lm_head and all(torch.equal(t.to(lm_head_UD), lm_head_UD) for t in cut):
         return None
     return torch.stack(cut)

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from ..architecture import stock_attention
 from .headfile import check_head, read_head, write_head
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class DraftInfo:
     """What a file says of itself.
 
     source       which of the target's layers these started as
-    accuracy_KR  [0][r]: how often the rank-r token was right where all before it were right. One row for all
+    accuracy_KR  [0][r]: how often the rank-r token was right, told the right ones before it. One row for all
                  depths: what this draft has read at any depth are tokens, so it can't tell which it drafted
     """
 
@@ -56,7 +56,8 @@ class DraftHead(nn.Module):
         super().__init__()
         shared: dict[int, Any] = {}
         self.config = copy.deepcopy(target.model.config, shared)
-        _cut(self.config, check_source(source, len(target.layers)))
+        self.config._attn_implementation = stock_attention(target.model)  # until HFTarget sets its own
+        _cut(self.config.get_text_config(), check_source(source, len(target.layers)))
         decoder = target.model.base_model.get_decoder()
         layers = nn.ModuleList(_placed(target.layers[i], place, shared) for place, i in enumerate(source))
         shared[id(target.layers)], shared[id(decoder.get_input_embeddings())] = layers, nn.Identity()
@@ -65,7 +66,7 @@ class DraftHead(nn.Module):
     def drafting(self, target: HFTarget, tokens_U: Tensor) -> DraftHead:
         """The same with a draft vocabulary."""
         self.register_buffer("tokens_U", tokens_U.int().to(target.device))
-        self.lm_head = _rows(target.model.get_output_embeddings(), self.tokens_U.long())
+        self.lm_head = target.lm_head_of(self.tokens_U.long())
         return self
 
     def forward(self, embedded_STD: Tensor) -> Tensor:
@@ -87,10 +88,8 @@ def check_source(source: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
     return source
 
 
-def _cut(config: Any, source: tuple[int, ...]) -> None:
-    """Have a model's config say these layers only, and stock attention until HFTarget sets its own."""
-    config._attn_implementation = "sdpa"
-    text = config.get_text_config()
+def _cut(text: Any, source: tuple[int, ...]) -> None:
+    """Have a model's config say these layers only."""
     text.num_hidden_layers = len(source)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i] for i in source]
@@ -103,15 +102,6 @@ def _placed(layer: nn.Module, place: int, shared: dict[int, Any]) -> nn.Module:
         if hasattr(part, "layer_idx"):
             part.layer_idx = place
     return twin
-
-
-def _rows(lm_head: nn.Linear, tokens_U: Tensor) -> nn.Linear:
-    """The LM head's rows of some tokens, with storage of their own."""
-    with torch.device("meta"):
-        cut = nn.Linear(lm_head.in_features, len(tokens_U), bias=lm_head.bias is not None)
-    for name, rows in lm_head.named_parameters():
-        setattr(cut, name, nn.Parameter(rows.detach()[tokens_U], requires_grad=False))
-    return cut
 
 
 def causal_lm(head: DraftHead, target: HFTarget) -> PreTrainedModel:

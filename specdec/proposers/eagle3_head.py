@@ -110,12 +110,11 @@ class Eagle3Head(nn.Module):
             )
         )
 
-    def borrow(self, embedding_VD: Tensor, lm_head_VD: Tensor) -> Eagle3Head:
-        """Read the target's embedding, and its LM head where this one has none of its own."""
-        if not self.embed_tokens.num_embeddings or not self.embed_tokens.weight.requires_grad:
-            self.embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=True)
+    def borrow(self, target: HFTarget) -> Eagle3Head:
+        """Read the target's embedding, and draft with its LM head where this one has none of its own."""
+        self.embed_tokens = nn.Embedding.from_pretrained(target.embedding, freeze=True)
         if self.config.shared_head:
-            self.lm_head.weight = nn.Parameter(lm_head_VD[self.tokens_U.long()], requires_grad=False)
+            self.lm_head = target.lm_head_of(self.tokens_U.long())
         return self
 
     def fuse(self, taps: Iterable[Tensor]) -> Tensor:
@@ -153,7 +152,8 @@ class Eagle3Head(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """[B, T, U] over the draft vocabulary."""
-        return self.lm_head(self.norm(hidden_BTD))
+        product_BTU = self.lm_head(self.norm(hidden_BTD))
+        return self.lm_head.scaled(product_BTU) if self.config.shared_head else product_BTU
 
     def stored(self) -> dict[str, Tensor]:
         """What a file of this head holds, in its own dtypes."""
@@ -167,7 +167,7 @@ class Eagle3Head(nn.Module):
 class Eagle3Info:
     """What a file says of itself.
 
-    accuracy_KR  [k][r]: how often the rank-r token at depth k + 1 was right where all before it were right
+    accuracy_KR  [k][r]: how often the rank-r token at depth k + 1 was right, told the right ones before it
     """
 
     config: Eagle3Config
@@ -203,5 +203,5 @@ def ready(head: Eagle3Head, tensors: dict[str, Tensor], target: HFTarget) -> Eag
     """A head with these weights, which borrows the rest from the target and drafts for it."""
     head = Eagle3Head(head.config)
     head.load_state_dict(tensors, strict=False)
-    head = in_dtype(head.to(target.device).borrow(target.embedding, target.lm_head), target.dtype)
+    head = in_dtype(head.to(target.device).borrow(target), target.dtype)
     return head.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..lm_head import LMHead
 from ..packed import packed_product
 from .headfile import Shapes, check_head, read_head, write_head
 
@@ -56,7 +57,7 @@ class MedusaHeads(nn.Module):
     def __init__(
         self,
         heads: int,
-        lm_head_UD: Tensor,
+        lm_head: LMHead,
         tokens_U: Tensor,
         *,
         root: bool = True,
@@ -65,13 +66,13 @@ class MedusaHeads(nn.Module):
     ) -> None:
         super().__init__()
         assert not (hydra and own), "a level of a tree goes through one LM head"
-        width = lm_head_UD.shape[1]
+        width = lm_head.weight.shape[1]
         self.weight_KDD = nn.Parameter(torch.zeros(heads, width, width))
         self.root_KDD = nn.Parameter(torch.zeros(heads, width, width)) if root else None
         self.path_PDD = nn.Parameter(torch.zeros(_before(heads), width, width)) if hydra else None
         self.bias_KD = nn.Parameter(torch.zeros(heads, width))
-        self.lm_head_KUD = nn.Parameter(lm_head_UD.repeat(heads, 1, 1)) if own else None
-        self.register_buffer("lm_head_UD", lm_head_UD, persistent=False)
+        self.lm_head_KUD = nn.Parameter(lm_head.weight.repeat(heads, 1, 1)) if own else None
+        self.lm_head = lm_head
         self.register_buffer("tokens_U", tokens_U)
 
     @property
@@ -97,7 +98,7 @@ class MedusaHeads(nn.Module):
 
     def says(self, read: Tensor) -> Tensor:
         """Logits [..., U] through the target's LM head."""
-        return F.linear(read, self.lm_head_UD)
+        return self.lm_head.logits(read)
 
     def behind(self, hidden_XD: Tensor, read_XJD: Tensor) -> Tensor:
         """Logits [X, U] of what stands behind J tokens, the root and those drafted: packed Hydra head J."""
@@ -107,7 +108,8 @@ class MedusaHeads(nn.Module):
 
     def pack(self) -> None:
         """Have products packed for a handful of rows, and those of one Hydra head done as one."""
-        self.says = packed_product(self.lm_head_UD)
+        product = packed_product(self.lm_head.weight, self.lm_head.bias)
+        self.says = lambda read: self.lm_head.scaled(product(read))
         if self.hydra:
             self.turns = [packed_product(self._square(J).T.contiguous()) for J in range(len(self.bias_KD))]
 
@@ -141,7 +143,7 @@ class MedusaHeads(nn.Module):
         check_head(path, KIND, info, ordered, _shapes(info, tensors, target), target, key)
         tokens_U = tensors["tokens_U"].long().to(target.device)
         parts = {"root": "root_KDD" in tensors, "hydra": "path_PDD" in tensors}
-        heads = cls(info.heads, target.lm_head[tokens_U], tokens_U, **parts)
+        heads = cls(info.heads, target.lm_head_of(tokens_U), tokens_U, **parts)
         heads.load_state_dict(tensors | {"tokens_U": tokens_U.cpu()})
         return heads.to(target.device, target.dtype).eval().requires_grad_(False), info
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..proposers.draft_head import KIND, DraftHead, DraftInfo, load, save
 from ..proposers.draft_lm import DraftLM
-from ..target import HFTarget, Tap
+from ..target import HFTarget
 from ..trees import Chain
 from .heads import HeadRecipe, expect_shape, laws
 from .texts import TextBatch, Texts
@@ -36,11 +36,7 @@ class DraftLMRecipe(HeadRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers < 1:
-            raise ValueError(f"head.layers is {self.layers}, expected 1 or more: head.layers=2")
-
-    def taps(self, target: HFTarget) -> tuple[Tap, ...]:
-        return ("final",)
+        self.expect("layers", self.layers >= 1, "1 or more", 2)
 
     def new(self, target: HFTarget, tokens_U: Tensor) -> DraftHead:
         return _trainable(DraftHead(target, self._source(target)).drafting(target, tokens_U))
@@ -63,12 +59,12 @@ class DraftLMRecipe(HeadRecipe):
         self, head: DraftHead, target: HFTarget, batch: TextBatch
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         text_X, place_X = batch.said_ST.nonzero(as_tuple=True)
-        lm_head_UD = head.lm_head.weight
-        embedded_STD = target.model.get_input_embeddings()(batch.tokens_ST).to(lm_head_UD.dtype)
+        embedded_STD = target.model.get_input_embeddings()(batch.tokens_ST).to(head.lm_head.weight.dtype)
         # Attention is causal, so what lies behind a text's end changes nothing.
         read_XD = head(embedded_STD)[text_X, place_X]
-        laws_XU = laws(batch.hidden["final"][text_X, place_X], lm_head_UD)
-        yield head.lm_head(read_XD), laws_XU, torch.isin(batch.next_ST[text_X, place_X], head.tokens_U)
+        laws_XU = laws(batch.hidden["final"][text_X, place_X], head.lm_head)
+        drafted_X = torch.isin(batch.next_ST[text_X, place_X], head.tokens_U)
+        yield head.lm_head.logits(read_XD), laws_XU, drafted_X
 
     def save(self, head: DraftHead, target: HFTarget, texts: Texts, path: Path) -> None:
         accuracy_KR = self.accuracy(head, target, texts)

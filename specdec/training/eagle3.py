@@ -8,13 +8,14 @@ Shapes: S texts, T rows, I earlier unrolls, H heads, D width, U draft vocabulary
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..proposers.eagle3 import Eagle3
@@ -33,11 +34,13 @@ class Eagle3Recipe(HeadRecipe):
 
     layers       of the target, read at their entrance; null: 2, the middle, the last but two
     unroll       steps of the training-time test
+    decay        an unroll's share of the loss, against the one before
     shared_head  draft with the target's own LM head, cut to the draft vocabulary, instead of a trained copy
     """
 
     layers: tuple[int, ...] | None = None
     unroll: int = 4
+    decay: float = 0.8
     fc_norm: bool = True
     post_norm: bool = True
     norm_before_residual: bool = False
@@ -47,11 +50,10 @@ class Eagle3Recipe(HeadRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unroll < 1:
-            raise ValueError(f"head.unroll is {self.unroll}, expected 1 or more: head.unroll=4")
+        self.expect("unroll", self.unroll >= 1, "1 or more", 4)
 
     def taps(self, target: HFTarget) -> tuple[Tap, ...]:
-        return (*self._layers(target), "final")
+        return (*self._layers(target), *super().taps(target))
 
     def _layers(self, target: HFTarget) -> tuple[int, ...]:
         n = len(target.layers)
@@ -68,7 +70,8 @@ class Eagle3Recipe(HeadRecipe):
         head = Eagle3Head(self._config(target, len(tokens_U)))
         head.tokens_U.copy_(tokens_U)
         if not self.shared_head:
-            head.lm_head.weight.data.copy_(target.lm_head[head.tokens_U.long()])
+            theirs = target.lm_head_of(head.tokens_U.long())
+            head.lm_head.weight.data.copy_(theirs.scale * theirs.weight)
         _like_the_target(head, target)
         return _borrowing(head, target)
 
@@ -110,7 +113,7 @@ class Eagle3Recipe(HeadRecipe):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         text_X, place_X = batch.said_ST.nonzero(as_tuple=True)
         tokens_U = head.tokens_U.long()
-        laws_XU = laws(batch.hidden["final"][text_X, place_X], target.lm_head[tokens_U])
+        laws_XU = laws(batch.hidden["final"][text_X, place_X], target.lm_head_of(tokens_U))
         drafted_X = torch.isin(batch.next_ST[text_X, place_X], tokens_U)
         fused_STD = head.fuse(batch.hidden[tap].to(head.fc.weight.dtype) for tap in head.config.taps)
         first = max(0, int(place_X.min()) - self.unroll) // GRANULE * GRANULE
@@ -129,7 +132,7 @@ class Eagle3Recipe(HeadRecipe):
 
 
 def _borrowing(head: Eagle3Head, target: HFTarget) -> Eagle3Head:
-    return head.to(target.device).borrow(target.embedding.float(), target.lm_head.float())
+    return head.to(target.device).borrow(target).float()
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
@@ -147,17 +150,30 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 @torch.no_grad()
 def _like_the_target(head: Eagle3Head, target: HFTarget) -> None:
     """Start from the target's last layer where it has that shape: the LM head expects what that one gives."""
-    width, last = head.config.width, dict(target.layers[-1].named_parameters())
-    norm = getattr(target.model.base_model.get_decoder(), "norm", None)
-    ours = dict(head.named_parameters())
-    for name, weight in ours.items():
+    width, last = head.config.width, dict(target.layers[-1].named_modules())
+    # A layer with four norms gives the second one's name to that of what attention adds.
+    second = "pre_feedforward" if "post_feedforward_layernorm" in last else "post_attention"
+    last["post_attention_layernorm"] = last.get(f"{second}_layernorm")
+    last["norm"] = getattr(target.model.base_model.get_decoder(), "norm", None)
+    for name, ours in head.named_modules():
         theirs = last.get(name)
-        if name == "norm.weight" and norm is not None:
-            weight.copy_(norm.weight)
-        elif theirs is not None and theirs.shape == weight.shape:
-            weight.copy_(theirs)
-        elif theirs is not None and theirs.shape == (weight.shape[0], width):
-            weight[:, width:].copy_(theirs)
+        if theirs is not None and isinstance(ours, nn.RMSNorm):
+            ours.weight.copy_(_gain(theirs, ours.weight))
+        elif isinstance(theirs, nn.Linear) and theirs.weight.shape == ours.weight.shape:
+            ours.weight.copy_(theirs.weight)
+        elif isinstance(theirs, nn.Linear) and theirs.weight.shape == (len(ours.weight), width):
+            ours.weight[:, width:].copy_(theirs.weight)
+
+
+def _gain(norm: nn.Module, otherwise_D: Tensor) -> Tensor:
+    """The weight with which RMSNorm does what this norm does, if there is one: Gemma's count from 1."""
+    weight_D = getattr(norm, "weight", None)
+    if weight_D is None:
+        return otherwise_D
+    probe_D = torch.linspace(-1, 2, len(weight_D)).to(weight_D)
+    normed_D, given_D = F.rms_norm(probe_D, probe_D.shape), norm(probe_D)
+    near = partial(torch.allclose, given_D, rtol=0, atol=torch.finfo(weight_D.dtype).eps ** 0.5)
+    return next((gain_D for gain_D in (weight_D, 1 + weight_D) if near(gain_D * normed_D)), otherwise_D)
 
 
 def unroll(

@@ -7,13 +7,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from ..target import HFTarget
+from ..lm_head import LMHead
+from ..target import HFTarget, Tap
 from ..zoo import zoo_file
 from .loop import Recipe
 from .texts import TextBatch, Texts
@@ -53,25 +54,27 @@ class HeadRecipe(Recipe):
     vocab      size of the draft vocabulary: the tokens that the target says most, and as far as there is room
                those of the head to go on from, however many that has. Only where the LM head is not the
                target's does a head keep the vocabulary that it has
-    decay      a depth's share of the loss, against the depth before
     objective  kl: forward divergence; tv: total variation; lk: the one, then the other
     """
 
     start: str | None = None
     vocab: int = 8192
-    decay: float = 0.8
     objective: str = "kl"
+
+    decay: ClassVar[float] = 1.0  # a depth's share of the loss against the depth before, where there are some
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"head.objective is {self.objective!r}, expected {', '.join(OBJECTIVES)}: head.objective=kl"
-            )
-        if self.vocab < 1:
-            raise ValueError(f"head.vocab is {self.vocab}, expected 1 or more: head.vocab=8192")
+        self.expect("objective", self.objective in OBJECTIVES, ", ".join(OBJECTIVES), "kl")
+        self.expect("vocab", self.vocab >= 1, "1 or more", 8192)
+        self.expect("decay", 0 < self.decay <= 1, "a number in (0, 1]", 0.8)
         if self.start is not None:
             zoo_file(self.start, "head.start")  # before answers are made for nothing
+
+    def taps(self, target: HFTarget) -> tuple[Tap, ...]:
+        """What laws are made of. ValueError: the target makes its own of more than that."""
+        target.lm_head_of()
+        return ("final",)
 
     def fresh(self, target: HFTarget, texts: Texts) -> nn.Module:
         if self.start is not None:
@@ -102,7 +105,10 @@ class HeadRecipe(Recipe):
 
     @torch.no_grad()
     def accuracy(self, head: nn.Module, target: HFTarget, texts: Texts) -> list[list[float]]:
-        """[k][r]: how often the rank-r token at depth k + 1 is the target's, all before it being right."""
+        """[k][r]: how often the rank-r token at depth k + 1 is the target's, of all that the target said.
+
+        A head is told the target's tokens before it, also where it would have drafted others.
+        """
         hits_KR, seen_K = torch.zeros(0, RANKS), torch.zeros(0)
         for batch in texts.batches(target, self.rows, torch.Generator()):
             hits, seen = zip(*(_hits(*depth) for depth in self.judged(head, target, batch)), strict=True)
@@ -139,6 +145,6 @@ def expect_shape(path: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 
 
 @torch.no_grad()
-def laws(hidden_XD: Tensor, lm_head_UD: Tensor) -> Tensor:
+def laws(hidden_XD: Tensor, lm_head: LMHead) -> Tensor:
     """[X, U]: the target's laws over the draft vocabulary, from what its LM head read."""
-    return (hidden_XD.to(lm_head_UD.dtype) @ lm_head_UD.T).float().softmax(-1)
+    return lm_head.logits(hidden_XD.to(lm_head.weight.dtype)).float().softmax(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..proposers.medusa import Medusa
 from ..proposers.medusa_heads import KIND, MedusaHeads, MedusaInfo, token_embeddings
-from ..target import HFTarget, Tap
+from ..target import HFTarget
 from ..trees import Chain
 from .heads import HeadRecipe, expect_shape, laws
 from .texts import TextBatch, Texts
@@ -26,32 +26,30 @@ class MedusaRecipe(HeadRecipe):
     heads  how many; each looks one token further
     root   they read the root's embedding too; false: Medusa-1 as published, which other engines can load
     hydra  they read those of all tokens drafted before too, in training the true ones
+    decay  a head's share of the loss, against the head before
     """
 
     lr: float = 2e-3
     heads: int = 3
     root: bool = True
     hydra: bool = False
+    decay: float = 0.8
 
     kind: ClassVar[str] = KIND
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1:
-            raise ValueError(f"head.heads is {self.heads}, expected 1 or more: head.heads=3")
+        self.expect("heads", self.heads >= 1, "1 or more", 3)
         if self.hydra and not self.root:
             raise ValueError(
                 "head.hydra=true, head.root=false: heads that read the drafted path read the root before it: "
                 "head.root=true"
             )
 
-    def taps(self, target: HFTarget) -> tuple[Tap, ...]:
-        return ("final",)
-
     def new(self, target: HFTarget, tokens_U: Tensor) -> MedusaHeads:
         tokens_U = tokens_U.to(target.device)
-        lm_head_UD = target.lm_head[tokens_U].float()
-        heads = MedusaHeads(self.heads, lm_head_UD, tokens_U, root=self.root, hydra=self.hydra)
+        lm_head = target.lm_head_of(tokens_U).float()
+        heads = MedusaHeads(self.heads, lm_head, tokens_U, root=self.root, hydra=self.hydra)
         return heads.to(target.device)
 
     def begun(self, target: HFTarget, path: Path, texts: Texts) -> MedusaHeads:
@@ -67,8 +65,8 @@ class MedusaRecipe(HeadRecipe):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         text_X, place_X = batch.said_ST.nonzero(as_tuple=True)
         next_X = batch.next_ST[text_X, place_X]
-        final_XD = batch.hidden["final"][text_X, place_X].to(head.lm_head_UD.dtype)
-        laws_XU = laws(final_XD, head.lm_head_UD)
+        final_XD = batch.hidden["final"][text_X, place_X].to(head.lm_head.weight.dtype)
+        laws_XU = laws(final_XD, head.lm_head)
         drafted_X = torch.isin(next_X, head.tokens_U)
         root_XD = token_embeddings(target, next_X).to(final_XD.dtype)
         path_XJD = _said_next(root_XD, len(head.bias_KD) - 1) if head.hydra else None

@@ -1,5 +1,6 @@
 """What every recipe of a head says: how it is trained, and what the head is."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,19 @@ class Recipe(ABC):
 
     def __post_init__(self) -> None:
         for name in ("epochs", "rows", "accumulate", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"head.{name} is {getattr(self, name)}, expected 1 or more: head.{name}=1")
-        if self.dtype not in DTYPES:
+            self.expect(name, getattr(self, name) >= 1, "1 or more", 1)
+        self.expect("lr", 0 < self.lr < math.inf, "more than 0", 1e-3)
+        self.expect("warmup", 0 <= self.warmup <= 1, "a share of the steps in [0, 1]", 0.05)
+        self.expect("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more", 0)
+        self.expect("clip", self.clip > 0, "a norm of more than 0", 1)
+        self.expect("patience", self.patience >= 0, "0 or more", 0)
+        self.expect("dtype", self.dtype in DTYPES, " or ".join(DTYPES), "float32")
+
+    def expect(self, name: str, fine: bool, expected: str, usual: object) -> None:
+        """ValueError for a setting that is not fine: what it is, what was expected, what it usually is."""
+        if not fine:
             raise ValueError(
-                f"head.dtype is {self.dtype!r}, expected {' or '.join(DTYPES)}: head.dtype=float32"
+                f"head.{name} is {getattr(self, name)!r}, expected {expected}: head.{name}={usual}"
             )
 
     @abstractmethod
