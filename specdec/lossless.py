@@ -45,9 +45,8 @@ def compare(
     identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own
                  at a temperature, a lossy rule, no plain decoding)
     divergences  request, index of the first other token, gap between the two best of the target's logits
-                 there, or of what its draw compares
-    audit        of the answers that differ, the first few: `audit_answers`; None where none do, or where
-                 top_p or top_k decides, too, which tokens can be drawn
+                 there, or of what its draw compares; None where top_p or top_k decides, too, what can be drawn
+    audit        of the answers that differ, the first few: `audit_answers`; None where none do, or there
     """
     same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
     if not same_text or not plain:
@@ -57,11 +56,11 @@ def compare(
     answers = {r.request: r.tokens for r in method if r.repeat == 0}
     differ = {q: first_difference(tokens, said[q]) for q, tokens in answers.items() if tokens != said[q]}
     texts = {q: Text.of(e, requests[q], answers[q]) for q in differ}
+    whole = e.sampling.temperature == 0 or (e.sampling.top_p == 1 and e.sampling.top_k == 0)
     divergences = [
-        {"request": q, "index": i, "top2_gap": top2_gap(e.target, texts[q], said[q][:i])}
+        {"request": q, "index": i, "top2_gap": top2_gap(e.target, texts[q], said[q][:i]) if whole else None}
         for q, i in differ.items()
     ]
-    whole = e.sampling.temperature == 0 or (e.sampling.top_p == 1 and e.sampling.top_k == 0)
     audited = list(texts.values())[:AUDITED] if whole else []
     return {
         "rule": True,

@@ -235,7 +235,7 @@ def _audited(audit: dict | None) -> str:
         return "; under top_p and top_k draws are not audited: in 16 bits some differ, in float32 none may"
     checked = (
         f"; of {audit['tokens']} tokens in {audit['answers']} of them, {audit['near_ties']} are near ties, "
-        f"by {size(audit['widest'])} at most,"
+        f"by {size(audit.get('widest'))} at most,"
     )
     if audit["beyond"]:
         return (
