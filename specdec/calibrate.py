@@ -216,8 +216,8 @@ class Stopwatch(Proposer):
 
 def draft_seconds(
     e: Experiment, requests: list[Request], trees: list[TreePolicy], rounds: int
-) -> dict[int, float]:
-    """Seconds of drafting with trees of different depths, by depth.
+) -> list[float]:
+    """Seconds of drafting with each of some trees.
 
     The median; the mean where a tree looks how far to go, as its levels differ from step to step.
     """
@@ -225,7 +225,7 @@ def draft_seconds(
     while min(map(len, watch.seconds)) < WARM_UP + rounds:
         steps_and_tokens(LoopArm(e, watch, e.accept), e, next(asked))
     timed = zip(trees, (each[WARM_UP:] for each in watch.seconds), strict=True)
-    return {tree.depth: (median if tree.length == "fixed" else mean)(seconds) for tree, seconds in timed}
+    return [(median if tree.length == "fixed" else mean)(seconds) for tree, seconds in timed]
 
 
 @dataclass(frozen=True)
@@ -243,13 +243,14 @@ class Size:
 
 
 def sizes(
-    verify: Mapping[int, float], draft: Mapping[int, float], tokens: Callable[[int, int], float]
+    verify: Mapping[int, float],
+    draft: Mapping[tuple[int, int], float],
+    tokens: Callable[[int, int], float],
 ) -> list[Size]:
-    """Every tree of more than a root, as deep as it has nodes for, fastest first.
+    """Every size that was drafted with, fastest first.
 
-    verify, draft  seconds by nodes and by depth
+    verify, draft  seconds by nodes, and by (nodes, depth)
     tokens         tokens per step of a tree of (nodes, depth)
     """
-    pairs = [(n, d) for n in verify for d in draft if 0 < d < n]
-    every = [Size(n, d, tokens(n, d), verify[n] + draft[d]) for n, d in pairs]
+    every = [Size(n, d, tokens(n, d), verify[n] + seconds) for (n, d), seconds in draft.items()]
     return sorted(every, key=lambda size: size.seconds_per_token)

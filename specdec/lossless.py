@@ -45,8 +45,8 @@ def compare(
     identical    answers equal to plain decoding's; None where they need not be (a rule with coins of its own
                  at a temperature, a lossy rule, no plain decoding)
     divergences  request, index of the first other token, gap between the two best of the target's logits
-                 there, or of what its draw compares; None where top_p or top_k decides, too, what can be drawn
-    audit        of the answers that differ, the first few: `audit_answers`; None where none do, or there
+                 there, or of what its draw compares; None where top_p or top_k decides, too
+    audit        of the answers that differ, the first few: `audit_answers`; None where none do, or so
     """
     same_text = e.accept.lossless and (e.sampling.temperature == 0 or isinstance(e.accept, Match))
     if not same_text or not plain:

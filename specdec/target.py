@@ -101,8 +101,7 @@ class HFTarget:
         if self._lm_head is None:
             raise ValueError(
                 f"{type(self.model).__name__} makes logits by more than an LM head, a bias, a scale and a "
-                "cap, all that heads know: choose proposer=ngram, proposer=draft_lm proposer.layers=1, or "
-                "another target.path"
+                "cap, all that heads know, so none fit it: choose another target.path, or run proposer=ngram"
             )
         return self._lm_head.rows(tokens_U)
 

@@ -42,8 +42,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> Path:
     screen(cfg.ui)  # ValueError: there is no such one
     console = Console(quiet=cfg.ui == "none")
     search, plan = make(cfg.search, cfg.allow), prepare(cfg)
-    trees = [plan.tree, *beside(cfg)]
     check_tunable(plan)
+    trees = [plan.tree, *beside(cfg, plan.tree)]
     calibration, held_back = halves(plan.conversations, cfg.skip, cfg.prompts)
     e = replace(plan.load(), conversations=calibration + held_back)
     check_lengths(e)
@@ -76,8 +76,11 @@ def _is_plain(key: str, value: Any) -> bool:
     return not key.startswith("_") and isinstance(value, int | float | str)
 
 
-def beside(cfg: DictConfig) -> list[TreePolicy]:
-    """The tree that is tried beside tree=, unless beside=null. ValueError: it can't be tuned."""
+def beside(cfg: DictConfig, asked: TreePolicy) -> list[TreePolicy]:
+    """The tree that is tried beside tree=, unless beside=null, or both are the same but for their size.
+
+    ValueError: it can't be tuned.
+    """
     if not cfg.beside:
         return []
     try:
@@ -85,7 +88,7 @@ def beside(cfg: DictConfig) -> list[TreePolicy]:
     except ValueError as error:  # a tree knows its options as those of the run's tree
         raise ValueError(str(error).replace("tree.", "beside.")) from error
     check_tree(tree, type(tree).__name__, "tree@beside")
-    return [tree]
+    return [] if replace(tree, nodes=asked.nodes, depth=asked.depth) == asked else [tree]
 
 
 def check_tunable(plan: Plan) -> None:
@@ -138,7 +141,7 @@ def check(e: Experiment, conversations: list[Conversation], tree: TreePolicy) ->
 
 def table(tuning: Tuning, best_of_all: bool) -> Table:
     """The best depth for every number of nodes; the fastest size is marked where the tree is the fastest."""
-    title = f"{type(tuning.asked).__name__}, predicted"
+    title = f"{type(tuning.asked).__name__}, length={tuning.asked.length}: predicted"
     shown = Table("nodes", "depth", "tokens\n/step", "ms\n/step", "speedup", "", title=title)
     best: dict[int, Size] = {}
     for size in tuning.sizes:
@@ -185,7 +188,7 @@ def write(out: Path, node: dict[str, Any], tunings: list[Tuning], summary: dict)
 def _measured(tuning: Tuning) -> dict[str, Any]:
     return {
         "tree": type(tuning.asked).__name__,
-        "draft_seconds": tuning.draft,
+        "length": tuning.asked.length,
         "acceptance": tuning.acceptance and asdict(tuning.acceptance),
         "sizes": [asdict(size) for size in tuning.sizes],
         "tokens_per_step": tuning.tokens,

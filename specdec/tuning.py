@@ -103,7 +103,7 @@ class Tuning:
 
     asked          the policy whose size was looked for
     plain          seconds of a step of plain decoding
-    verify, draft  seconds by nodes and by depth
+    verify         seconds by nodes
     acceptance     what a static tree was made for; a dynamic one has none
     sizes          fastest first
     tree           the policy of the fastest
@@ -113,7 +113,6 @@ class Tuning:
     asked: TreePolicy
     plain: float
     verify: dict[int, float]
-    draft: dict[int, float]
     acceptance: Acceptance | None
     sizes: list[Size]
     tree: TreePolicy
@@ -151,21 +150,42 @@ def _tune_one(
     verify: dict[int, float],
     say: Callable[[str], None],
 ) -> Tuning:
-    name, depths = type(tree).__name__, _depths(tree, search)
+    name = type(tree).__name__
     if isinstance(tree, Sequoia):
         say(f"{name}: following the draft through {len(requests)} answers")
         kind = StaticSizes(e, requests, tree, search)
     else:
         kind = DynamicSizes(e, requests, tree)
-    say(f"{name}: timing drafts of {', '.join(map(str, depths))} levels")
-    draft = draft_seconds(e, requests, [kind.sized(max(search.nodes), d) for d in depths], search.rounds)
-    say(f"{name}: trying {len(search.nodes)} sizes at {len(depths)} depths")
+    say(f"{name}: timing drafts of up to {max(search.depths)} levels")
+    draft = _draft_seconds(e, requests, kind, search)
+    say(f"{name}: trying {len(draft)} sizes")
     found = sizes(verify, draft, kind.tokens)
     fastest = found[0]
     chosen, tokens = kind.sized(fastest.nodes, fastest.depth), kind.models(fastest)
-    return Tuning(tree, plain, verify, draft, kind.acceptance, found, chosen, tokens)
+    return Tuning(tree, plain, verify, kind.acceptance, found, chosen, tokens)
 
 
-def _depths(tree: TreePolicy, search: Search) -> list[int]:
-    """A tree that looks how far to go needs only to be told how far it may."""
-    return search.depths if tree.length == "fixed" else [max(search.depths)]
+def _draft_seconds(
+    e: Experiment, requests: list[Request], kind: StaticSizes | DynamicSizes, search: Search
+) -> dict[tuple[int, int], float]:
+    """Seconds by (nodes, depth) of the sizes to be tried: no tree is deeper than its nodes reach.
+
+    Of one depth they hardly depend on the nodes; a tree that looks how far to go is told how far it may.
+    """
+    deepest = max(search.depths)
+    if kind.tree.length != "fixed":
+        tried = [(n, min(deepest, n - 1)) for n in search.nodes]
+        return dict(zip(tried, _timed(e, requests, kind, tried, search), strict=True))
+    largest = [(max(search.nodes), d) for d in search.depths]
+    by_depth = dict(zip(search.depths, _timed(e, requests, kind, largest, search), strict=True))
+    return {(n, d): by_depth[d] for n in search.nodes for d in search.depths if d < n}
+
+
+def _timed(
+    e: Experiment,
+    requests: list[Request],
+    kind: StaticSizes | DynamicSizes,
+    tried: list[tuple[int, int]],
+    search: Search,
+) -> list[float]:
+    return draft_seconds(e, requests, [kind.sized(*size) for size in tried], search.rounds)

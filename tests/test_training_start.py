@@ -1,5 +1,6 @@
 """Training that goes on from a head that exists."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,13 +91,15 @@ NORMS |= {"gemma3_text": [NORMS["llama"][0], ("post_attention_layernorm", "pre_f
 NORMS |= {"olmo2": []}  # norms what attention and MLP add, which an EAGLE-3 head does not
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", NORMS)
-def test_an_eagle3_head_begins_with_norms_that_do_what_the_target_s_do(kind: str) -> None:
+def test_an_eagle3_head_begins_with_norms_that_do_what_the_target_s_do(kind: str, dtype: torch.dtype) -> None:
     model = tiny_model(kind)
     for name, weight in model.named_parameters():
         if "norm" in name:
-            weight.data.normal_(generator=torch.Generator().manual_seed(len(name)))
-    head = EAGLE.new(HFTarget(model), torch.arange(VOCAB))
+            weight.data.normal_(std=10, generator=torch.Generator().manual_seed(len(name)))
+            weight.data = weight.data.bfloat16().float()
+    head = EAGLE.new(HFTarget(copy.deepcopy(model).to(dtype)), torch.arange(VOCAB))
     x_XD = torch.randn(5, head.config.width) + 1
     layer = model.model.layers[-1]
     pairs = [(head.norm, model.model.norm)]

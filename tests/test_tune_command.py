@@ -22,7 +22,7 @@ BASE += ["max_new_tokens=12", "prompts=4", "search.rounds=2", "search.nodes=[2,4
 ASKED = {
     "both": [],
     "eagle2": ["tree=eagle2", "beside=null"],
-    "within an experiment": ["experiment=eagle3", "tree=best_first", "beside=null"],
+    "within an experiment": ["experiment=eagle3", "tree=best_first"],
 }
 
 

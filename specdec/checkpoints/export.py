@@ -212,7 +212,7 @@ def _lm_head(target: HFTarget, tokens_U: Tensor) -> Tensor:
         raise ValueError(
             f"the heads draft with the LM head of {target.name}, which scales, caps or adds a bias; expected "
             "an LM head of their own, all that other projects know: choose other heads=FILE, or train some: "
-            "python -m specdec.train head=eagle3 head.shared_head=false"
+            "python -m specdec.train head=eagle3 head.shared_head=false, then to=speculators or to=sglang"
         )
     return target.lm_head[tokens_U.to(target.device)]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..lm_head import LMHead
 from ..proposers.base import FromLogits
 from ..proposers.medusa import Medusa
 from ..proposers.medusa_heads import KIND, MedusaHeads, MedusaInfo
@@ -61,7 +62,8 @@ def medusa_heads(reading: Reading, target: HFTarget) -> MedusaHeads:
     """The heads on the target's device and dtype."""
     tokens_U = reading.state["tokens_U"].long().to(target.device)
     own = "lm_head_KUD" in reading.state
-    heads = MedusaHeads(reading.config.heads, target.lm_head_of(tokens_U), tokens_U, root=False, own=own)
+    lm_head = LMHead(target.lm_head[tokens_U]) if own else target.lm_head_of(tokens_U)
+    heads = MedusaHeads(reading.config.heads, lm_head, tokens_U, root=False, own=own)
     heads.load_state_dict(reading.state | {"tokens_U": tokens_U})
     return heads.to(target.device, target.dtype).eval().requires_grad_(False)
 

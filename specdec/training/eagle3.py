@@ -6,6 +6,7 @@ between the target's law and the head's, over the draft vocabulary.
 Shapes: S texts, T rows, I earlier unrolls, H heads, D width, U draft vocabulary, X rows that count, R ranks.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -170,9 +171,9 @@ def _gain(norm: nn.Module, otherwise_D: Tensor) -> Tensor:
     weight_D = getattr(norm, "weight", None)
     if weight_D is None:
         return otherwise_D
-    probe_D = torch.linspace(-1, 2, len(weight_D)).to(weight_D)
-    normed_D, given_D = F.rms_norm(probe_D, probe_D.shape), norm(probe_D)
-    near = partial(torch.allclose, given_D, rtol=0, atol=torch.finfo(weight_D.dtype).eps ** 0.5)
+    weight_D, exact = weight_D.float(), copy.deepcopy(norm).float()
+    probe_D = torch.linspace(-1, 2, len(weight_D), device=weight_D.device)
+    normed_D, near = F.rms_norm(probe_D, probe_D.shape), partial(torch.allclose, exact(probe_D), rtol=1e-3)
     return next((gain_D for gain_D in (weight_D, 1 + weight_D) if near(gain_D * normed_D)), otherwise_D)
 
 

@@ -93,7 +93,7 @@ def _split(shards: list[Path], recipe: Recipe, taps: tuple[Tap, ...], stored: bo
     if not len(training):
         raise ValueError(
             f"{len(shards)} shards are too few to hold {recipe.held_out} out: head.held_out=1, or more data; "
-            "smaller shards: prompts.batch=16"
+            "smaller shards: collect anew, without shards=, in another out=, with prompts.batch=16"
         )
     return training, held_out
 
