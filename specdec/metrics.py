@@ -112,14 +112,15 @@ def cost(throughput: float | None, price_per_hour: float | None) -> float | None
 
 
 def break_even(method: Requests, plain: Requests) -> float | None:
-    """The tokens_per_step at which the method stops paying: a step of it, in decode times of one plain token.
+    """The tokens_per_step at which the method stops paying: a mean step, in decode times of one plain token.
 
-    Median step seconds of `method` / median decode seconds per token of `plain` (baseline `none`, whose step
-    is one token), all repeats; None where either is missing.
+    tokens_per_step / decode speedup over `plain` (baseline `none`) as ratio of totals, so they are equal
+    exactly where that is 1. No median: of steps that draft and steps that don't it sees one kind.
+    None without steps or without `plain`. ValueError where the arms can't be paired.
     """
-    steps = [s.seconds for s in steps_of(method)]
-    paces = [pace for r in plain if (pace := r.decode_seconds_per_token)]
-    return float(np.median(steps) / np.median(paces)) if steps and paces else None
+    tau = tokens_per_step(steps_of(r for r in method if r.repeat == 0))
+    ratio = speedup(method, plain)["decode"]["ratio_of_totals"] if plain else None
+    return tau / ratio if tau and ratio else None
 
 
 def summarise(
