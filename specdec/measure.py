@@ -77,20 +77,28 @@ def summarise(experiment: Experiment, records: list[RequestRecord]) -> dict:
     e = experiment
     by_arm = {name: [r for r in records if r.arm == name] for name in (METHOD, "none", *e.settings.baseline)}
     method = by_arm[METHOD]
-    header = {
-        **e.names,
-        "batch_size": e.settings.batch_size,
-        "temperature": e.sampling.temperature,
-        "reading": e.proposer.reading,
-    }
     return metrics.summarise(
         method,
         {name: by_arm[name] for name in e.settings.baseline},
-        header=header,
+        header=_header(e),
         split=profile(e),
-        price_per_hour=e.hardware.price_per_hour,
         lossless=compare(e, method, by_arm["none"], _asked(e, records)),
     )
+
+
+def _header(e: Experiment) -> dict:
+    """What was run on what, as it came out where the settings said auto."""
+    return {
+        **e.names,
+        "fingerprint": e.target.fingerprint,
+        "dtype": e.target.dtype_name,
+        "device": str(e.target.device),
+        "batch_size": e.settings.batch_size,
+        "temperature": e.sampling.temperature,
+        "reading": e.proposer.reading,
+        "hardware": e.hardware.name,
+        "price_per_hour": e.hardware.price_per_hour,
+    }
 
 
 def profile(experiment: Experiment) -> dict[str, float]:

@@ -14,7 +14,8 @@ from specdec.records import RequestRecord, StepRecord
 from specdec.stats import Requests, Span, speedup, tokens_per_second
 
 SCHEMA_VERSION = 1
-HEADER = ("target", "proposer", "tree", "accept", "data", "batch_size", "temperature", "reading")
+HEADER = ("target", "fingerprint", "dtype", "device", "proposer", "tree", "accept", "data", "batch_size")
+HEADER += ("temperature", "reading", "hardware", "price_per_hour")
 
 
 def tokens_per_step(steps: Sequence[StepRecord]) -> float | None:
@@ -129,7 +130,6 @@ def summarise(
     *,
     header: dict[str, Any],
     split: dict[str, float] | None,
-    price_per_hour: float | None,
     lossless: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`: plain JSON values, None for what is not known.
@@ -155,7 +155,7 @@ def summarise(
         "speedup": {name: speedup(method, baseline) for name, baseline in baselines.items()},
         **times(method),
         "time_split_ms_per_step": split,
-        "usd_per_million_tokens": cost(throughput, price_per_hour),
+        "usd_per_million_tokens": cost(throughput, header["price_per_hour"]),
         "joules_per_token": joules_per_token(method),
         "peak_memory_mb": peak_memory_mb(method),
         "lossless": lossless,

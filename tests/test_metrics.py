@@ -141,6 +141,9 @@ def test_break_even_of_a_batch_is_where_decode_speedup_is_one() -> None:
 
 HEADER: dict[str, Any] = {
     "target": "t",
+    "fingerprint": "0123456789abcdef",
+    "dtype": "float32",
+    "device": "cpu",
     "proposer": "ngram",
     "tree": "chain",
     "accept": "greedy",
@@ -148,6 +151,8 @@ HEADER: dict[str, Any] = {
     "batch_size": 1,
     "temperature": 0.0,
     "reading": None,
+    "hardware": "local",
+    "price_per_hour": None,
 }
 KEYS = [
     "schema_version",
@@ -178,8 +183,8 @@ def summary(
     method: list[RequestRecord], price: float | None = None, **baselines: list[RequestRecord]
 ) -> dict[str, Any]:
     """`summarise` with a fixed header, without split and losslessness."""
-    fixed: dict[str, Any] = {"header": HEADER, "split": None, "lossless": None}
-    return metrics.summarise(method, baselines, price_per_hour=price, **fixed)
+    header = HEADER | {"price_per_hour": price}
+    return metrics.summarise(method, baselines, header=header, split=None, lossless=None)
 
 
 def test_summary_by_hand() -> None:
@@ -190,7 +195,7 @@ def test_summary_by_hand() -> None:
     again = [replace(r, repeat=1, steps=[step(4)] * 9) for r in method]
     got = summary(method + again, price=3.6, none=scaled(method, 3.0, arm="none"))
     assert list(got) == KEYS
-    assert {key: got[key] for key in HEADER} == HEADER
+    assert {key: got[key] for key in HEADER} == HEADER | {"price_per_hour": 3.6}
     assert (got["schema_version"], got["requests"], got["tokens"]) == (1, 2, 6)
     assert got["tokens_per_step"] == 2.0
     assert got["acceptance_histogram"] == [1, 1, 1]
@@ -228,7 +233,7 @@ def test_summary_passes_split_and_losslessness_through_without_nan() -> None:
         "split": {"score": np.float32(1.5), "propose": float("nan")},
         "lossless": {"ties": np.int64(2)},
     }
-    got = metrics.summarise([], {}, header=HEADER, price_per_hour=None, **given_values)
+    got = metrics.summarise([], {}, header=HEADER, **given_values)
     assert got["time_split_ms_per_step"] == {"score": 1.5, "propose": None}
     assert json.loads(json.dumps(got, allow_nan=False))["lossless"] == {"ties": 2}
 
