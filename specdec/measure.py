@@ -9,6 +9,7 @@ from itertools import product
 
 from . import metrics
 from .arms import METHOD, Arm, Experiment, LoopArm, arms_of
+from .baselines import PLAIN_DTYPES
 from .data import Conversation, digest, most_turns
 from .decode import PARTS, Clock, ProfilingClock
 from .hardware import EnergyMeter, PeakMemory
@@ -176,7 +177,7 @@ def _timed(
     energy.start()
     answers = arm(requests, e.settings.max_new_tokens)
     clock.settled()
-    joules, peak = energy.stop(), memory.peak_mb()
+    joules, peak = energy.stop(), None if _has_twin(e) else memory.peak_mb()
     for r, answer in zip(requests, answers, strict=True):
         yield RequestRecord(
             request=r.id,
@@ -197,3 +198,8 @@ def _timed(
             peak_memory_mb=peak,
             energy_joules=None if joules is None else joules / len(requests),
         )
+
+
+def _has_twin(e: Experiment) -> bool:
+    """Whether a copy of the target in another dtype lies in memory all the while, which is no arm's need."""
+    return not PLAIN_DTYPES.keys().isdisjoint(e.settings.baseline)

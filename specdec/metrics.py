@@ -199,7 +199,7 @@ def joules_per_token(requests: Requests) -> float | None:
 
 
 def peak_memory_mb(requests: Requests) -> float | None:
-    """The highest of all requests; None where none knows it."""
+    """The highest of all requests; None where none knows it, as with a baseline none_DTYPE."""
     return max((r.peak_memory_mb for r in requests if r.peak_memory_mb is not None), default=None)
 
 
