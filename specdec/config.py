@@ -16,7 +16,7 @@ from .baselines import NAMES, PLAIN_DTYPES, check_baseline
 from .data import Conversation
 from .engine import Engine
 from .hardware import Hardware
-from .loading import Loaded
+from .loading import Loaded, choose_device
 from .overrides import check_overrides, compose, expect_known
 from .proposers.base import Proposer
 from .sampling import Sampling
@@ -98,6 +98,8 @@ def prepare(cfg: DictConfig) -> Plan:
     sampling = Sampling(**_checked(Sampling, cfg))
     tree, accept, hardware = (make(cfg[name], cfg.allow) for name in ("tree", "accept", "hardware"))
     check_combination(tree, accept, sampling)
+    if hardware.device and (device := cfg.target.get("device")):
+        hardware.check_prices(choose_device(device))
     make_proposer = make(cfg.proposer, cfg.allow, partial=True)
     check_baselines(settings, make_proposer.func)
     rest = load_conversations(cfg), names_of(cfg), make_proposer, functools.partial(load_target, cfg)

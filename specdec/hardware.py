@@ -26,12 +26,23 @@ BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # the last one is Arm's
 
 @dataclass(frozen=True)
 class Hardware:
-    """A name and its price in US dollars per hour (None: cost is not reported). ValueError on a bad price."""
+    """A name, and what an hour of it costs.
+
+    price_per_hour  US dollars; None: cost is not reported
+    device          "cpu" or "cuda", what the price buys; None: any
+    ValueError: another price or device
+    """
 
     name: str
     price_per_hour: float | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(
+                f"hardware.device={self.device}: expected cpu, cuda, or null for any; "
+                "for example hardware.device=null"
+            )
         price = self.price_per_hour
         if price is None or (type(price) in (int, float) and 0 <= price < math.inf):
             return
@@ -39,6 +50,15 @@ class Hardware:
             f"hardware.price_per_hour={price!r}: expected US dollars per hour, 0 or more, or null; "
             "for example hardware.price_per_hour=2.5"
         )
+
+    def check_prices(self, device: torch.device) -> None:
+        """ValueError for a device that the price does not buy."""
+        if self.device not in (None, device.type):
+            raise ValueError(
+                f"hardware={self.name} is a price of {self.device}, the target runs on {device.type}, "
+                f"expected one for both: target.device={self.device}, or hardware=local "
+                "hardware.price_per_hour=PRICE"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 In fp32 answers are identical. In 16 bits the last bits of a verify and of a one-token forward differ, so a
 near tie may fall the other way: it is counted, while anything beyond the measured noise is a bug. At a
-temperature the tie is one of logits and the draw's noise together. Shapes: V vocabulary.
+temperature the tie is one of logits and the draw's noise together. Of a position only what is needed stays:
+logits of a long answer over a large vocabulary take gigabytes. Shapes: T tokens, K top logits, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,13 +119,36 @@ class Audit:
     bound: float
 
 
-def audit(target: HFTarget, text: Text, bound: float) -> Audit:
-    """Teacher-force a text through one-token decoding; every gap to the largest must lie within `bound`."""
-    rows = [
-        text.scores(logits_V, len(text.prompt) + i)
-        for i, logits_V in enumerate(decode_logits(target, text.prompt, text.tokens))
-    ]
-    gaps = [float(row_V.max() - row_V[t]) for row_V, t in zip(rows, text.tokens, strict=True)]
+@dataclass(frozen=True)
+class Decoding:
+    """What one-token decoding makes of a text: before each token the largest logits, and that token's gap.
+
+    top_TK     ids of the largest logits
+    logits_TK  these logits, float32
+    gaps       from the largest score to the token's
+    """
+
+    text: Text
+    top_TK: Tensor
+    logits_TK: Tensor
+    gaps: list[float]
+
+    @classmethod
+    def of(cls, target: HFTarget, text: Text) -> Decoding:
+        """Teacher-force the text, one forward a token."""
+        ids, logits, gaps = [], [], []
+        for i, logits_V in enumerate(decode_logits(target, text.prompt, text.tokens)):
+            scores_V = text.scores(logits_V, len(text.prompt) + i)
+            gaps.append(float(scores_V.max() - scores_V[text.tokens[i]]))
+            top = logits_V.topk(min(TOP, len(logits_V)))
+            ids.append(top.indices)
+            logits.append(top.values)
+        return cls(text, torch.stack(ids), torch.stack(logits), gaps)
+
+
+def audit(decoding: Decoding, bound: float) -> Audit:
+    """Every gap to the largest must lie within `bound`."""
+    gaps = decoding.gaps
     beyond = [(i, gap) for i, gap in enumerate(gaps) if gap > bound]
     ties = [gap for gap in gaps if 0 < gap <= bound]
     return Audit(len(gaps), len(ties), max(ties, default=0.0), beyond, bound)
@@ -136,8 +160,9 @@ def audit_answers(target: HFTarget, texts: list[Text]) -> dict:
     near_ties  tokens that are not what it would say, yet within `bound` of it; `widest`, how far at most
     beyond     tokens that no noise explains: the loop, the cache or the kernel is wrong
     """
-    bound = noise_bound(target, texts)
-    audits = [audit(target, text, bound) for text in texts]
+    decodings = [Decoding.of(target, text) for text in texts]
+    bound = noise_bound(target, decodings)
+    audits = [audit(decoding, bound) for decoding in decodings]
     return {
         "answers": len(audits),
         "tokens": sum(a.tokens for a in audits),
@@ -148,33 +173,32 @@ def audit_answers(target: HFTarget, texts: list[Text]) -> dict:
     }
 
 
-def noise_bound(target: HFTarget, texts: list[Text], nodes: int = 8) -> float:
+def noise_bound(target: HFTarget, decodings: list[Decoding], nodes: int = 8) -> float:
     """4 times the 99.9th percentile of |verify - decode| over the top logits at each token of the answers."""
     differences = []
-    for text in texts:
-        decoded = decode_logits(target, text.prompt, text.tokens)
-        verified = verify_logits(target, text.prompt, text.tokens, nodes)
-        for one_V, tree_V in zip(decoded, verified, strict=True):
-            top = one_V.topk(min(TOP, len(one_V))).indices
-            differences.append((one_V[top] - tree_V[top]).abs())
+    for d in decodings:
+        verified = verify_logits(target, d.text.prompt, d.text.tokens, nodes)
+        for top_K, logits_K, tree_V in zip(d.top_TK, d.logits_TK, verified, strict=True):
+            differences.append((logits_K - tree_V[top_K]).abs())
     return NOISE_FACTOR * float(torch.cat(differences).quantile(NOISE_QUANTILE))
 
 
-def decode_logits(target: HFTarget, prompt: list[int], tokens: list[int]) -> list[Tensor]:
-    """float32 [V] before each of `tokens`, one forward a token."""
+def decode_logits(target: HFTarget, prompt: list[int], tokens: list[int]) -> Iterator[Tensor]:
+    """float32 [V] before each of `tokens`, one forward a token. Finish it before another: all use slot 0."""
     seq = _begin(target, prompt, len(prompt) - 1 + len(tokens))
-    return [_decode_one(target, seq, root) for root in [prompt[-1], *tokens[:-1]]]
+    for root in [prompt[-1], *tokens[:-1]]:
+        yield _decode_one(target, seq, root)
 
 
-def verify_logits(target: HFTarget, prompt: list[int], tokens: list[int], nodes: int) -> list[Tensor]:
+def verify_logits(target: HFTarget, prompt: list[int], tokens: list[int], nodes: int) -> Iterator[Tensor]:
     """The same, with chains of `nodes` nodes verified at once."""
     seq = _begin(target, prompt, len(prompt) - 1 + len(tokens))
-    roots, rows = [prompt[-1], *tokens[:-1]], []
+    roots = [prompt[-1], *tokens[:-1]]
     for i in range(0, len(roots), nodes):
         chain = roots[i : i + nodes]
-        rows += list(target.score([seq], [TokenTree.chain(chain)]).logits_BNV[0, : len(chain)].float())
+        logits_NV = target.score([seq], [TokenTree.chain(chain)]).logits_BNV[0, : len(chain)]
         target.keep([0], [list(range(len(chain)))])
-    return rows
+        yield from logits_NV.float()
 
 
 def _begin(target: HFTarget, prompt: list[int], length: int) -> Sequence:

@@ -9,6 +9,7 @@ from itertools import product
 
 from . import metrics
 from .arms import METHOD, Arm, Experiment, LoopArm, arms_of
+from .baselines import PLAIN_DTYPES
 from .data import Conversation, digest, most_turns
 from .decode import PARTS, Clock, ProfilingClock
 from .hardware import EnergyMeter, PeakMemory
@@ -77,20 +78,28 @@ def summarise(experiment: Experiment, records: list[RequestRecord]) -> dict:
     e = experiment
     by_arm = {name: [r for r in records if r.arm == name] for name in (METHOD, "none", *e.settings.baseline)}
     method = by_arm[METHOD]
-    header = {
-        **e.names,
-        "batch_size": e.settings.batch_size,
-        "temperature": e.sampling.temperature,
-        "reading": e.proposer.reading,
-    }
     return metrics.summarise(
         method,
         {name: by_arm[name] for name in e.settings.baseline},
-        header=header,
+        header=_header(e),
         split=profile(e),
-        price_per_hour=e.hardware.price_per_hour,
         lossless=compare(e, method, by_arm["none"], _asked(e, records)),
     )
+
+
+def _header(e: Experiment) -> dict:
+    """What was run on what, as it came out where the settings said auto."""
+    return {
+        **e.names,
+        "fingerprint": e.target.fingerprint,
+        "dtype": e.target.dtype_name,
+        "device": str(e.target.device),
+        "batch_size": e.settings.batch_size,
+        "temperature": e.sampling.temperature,
+        "reading": e.proposer.reading,
+        "hardware": e.hardware.name,
+        "price_per_hour": e.hardware.price_per_hour,
+    }
 
 
 def profile(experiment: Experiment) -> dict[str, float]:
@@ -168,7 +177,7 @@ def _timed(
     energy.start()
     answers = arm(requests, e.settings.max_new_tokens)
     clock.settled()
-    joules, peak = energy.stop(), memory.peak_mb()
+    joules, peak = energy.stop(), None if _has_twin(e) else memory.peak_mb()
     for r, answer in zip(requests, answers, strict=True):
         yield RequestRecord(
             request=r.id,
@@ -189,3 +198,8 @@ def _timed(
             peak_memory_mb=peak,
             energy_joules=None if joules is None else joules / len(requests),
         )
+
+
+def _has_twin(e: Experiment) -> bool:
+    """Whether a copy of the target in another dtype lies in memory all the while, which is no arm's need."""
+    return not PLAIN_DTYPES.keys().isdisjoint(e.settings.baseline)

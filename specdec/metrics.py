@@ -14,7 +14,8 @@ from specdec.records import RequestRecord, StepRecord
 from specdec.stats import Requests, Span, speedup, tokens_per_second
 
 SCHEMA_VERSION = 1
-HEADER = ("target", "proposer", "tree", "accept", "data", "batch_size", "temperature", "reading")
+HEADER = ("target", "fingerprint", "dtype", "device", "proposer", "tree", "accept", "data", "batch_size")
+HEADER += ("temperature", "reading", "hardware", "price_per_hour")
 
 
 def tokens_per_step(steps: Sequence[StepRecord]) -> float | None:
@@ -112,14 +113,15 @@ def cost(throughput: float | None, price_per_hour: float | None) -> float | None
 
 
 def break_even(method: Requests, plain: Requests) -> float | None:
-    """The tokens_per_step at which the method stops paying: a step of it, in decode times of one plain token.
+    """The tokens_per_step at which the method stops paying: a mean step, in decode times of one plain token.
 
-    Median step seconds of `method` / median decode seconds per token of `plain` (baseline `none`, whose step
-    is one token), all repeats; None where either is missing.
+    tokens_per_step / decode speedup over `plain` (baseline `none`) as ratio of totals, so they are equal
+    exactly where that is 1. No median: of steps that draft and steps that don't it sees one kind.
+    None without steps or without `plain`. ValueError where the arms can't be paired.
     """
-    steps = [s.seconds for s in steps_of(method)]
-    paces = [pace for r in plain if (pace := r.decode_seconds_per_token)]
-    return float(np.median(steps) / np.median(paces)) if steps and paces else None
+    tau = tokens_per_step(steps_of(r for r in method if r.repeat == 0))
+    ratio = speedup(method, plain)["decode"]["ratio_of_totals"] if plain else None
+    return tau / ratio if tau and ratio else None
 
 
 def summarise(
@@ -128,7 +130,6 @@ def summarise(
     *,
     header: dict[str, Any],
     split: dict[str, float] | None,
-    price_per_hour: float | None,
     lossless: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`: plain JSON values, None for what is not known.
@@ -154,7 +155,7 @@ def summarise(
         "speedup": {name: speedup(method, baseline) for name, baseline in baselines.items()},
         **times(method),
         "time_split_ms_per_step": split,
-        "usd_per_million_tokens": cost(throughput, price_per_hour),
+        "usd_per_million_tokens": cost(throughput, header["price_per_hour"]),
         "joules_per_token": joules_per_token(method),
         "peak_memory_mb": peak_memory_mb(method),
         "lossless": lossless,
@@ -198,7 +199,7 @@ def joules_per_token(requests: Requests) -> float | None:
 
 
 def peak_memory_mb(requests: Requests) -> float | None:
-    """The highest of all requests; None where none knows it."""
+    """The highest of all requests; None where none knows it, as with a baseline none_DTYPE."""
     return max((r.peak_memory_mb for r in requests if r.peak_memory_mb is not None), default=None)
 
 

@@ -34,7 +34,8 @@ class RequestRecord:
     burst_times  when each burst of tokens arrived
     burst_sizes  how many tokens it brought; sums to len(tokens)
     steps        empty for arms that do not run in our loop
-    peak_memory_mb, energy_joules  None where they can't be read
+    peak_memory_mb, energy_joules  None where they can't be read; the peak also with a baseline none_DTYPE,
+                 for which a second target lies in memory
     """
 
     request: str

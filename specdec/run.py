@@ -105,7 +105,7 @@ def header(plan: Plan, folder: RunFolder) -> list[str]:
 
 def target_line(target: HFTarget, cfg: DictConfig) -> str:
     """The model, its dtype and device, and why those where they were left to specdec."""
-    dtype, device = str(target.dtype).removeprefix("torch."), target.device.type
+    dtype, device = target.dtype_name, target.device.type
     threads = torch.get_num_threads()
     where = f"cpu, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
     auto = {"bfloat16": "multiplied natively here", "float32": "bfloat16 is not multiplied natively here"}

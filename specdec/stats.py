@@ -29,8 +29,17 @@ def runs(requests: Iterable[RequestRecord]) -> list[list[RequestRecord]]:
 
 
 def unit_of(run: Requests) -> Unit:
-    """The conversations of a run, sorted: one at batch 1, so that all its turns are one unit."""
+    """The conversations of a run, sorted."""
     return tuple(sorted({r.conversation for r in run}))
+
+
+def largest_units(runs: Iterable[Requests]) -> dict[Unit, Unit]:
+    """Each run's conversations, and the most that ran together with all of them.
+
+    In later turns of a group some conversations are over: the rest is no unit of its own.
+    """
+    units = {unit_of(run) for run in runs}
+    return {unit: max((u for u in units if {*unit} <= {*u}), key=len) for unit in units}
 
 
 def decode_span(request: RequestRecord) -> Span | None:
@@ -68,8 +77,9 @@ def tokens_per_second(requests: Requests) -> float | None:
 def speedup(method: Requests, baseline: Requests) -> dict[str, dict[str, float | None]]:
     """How many times faster than `baseline` the method is, for "decode" and "end_to_end" time per token.
 
-    The unit is the conversation, or the group where several conversations ran together. Its time per token is
-    sum of wall times / sum of tokens over its runs, the median over repeats; its ratio is baseline / method.
+    The unit is the conversation, or the group where several conversations ran together, with all its turns.
+    Its time per token is sum of wall times / sum of tokens over its runs, the median over repeats; its ratio
+    is baseline / method.
     Requests for which an arm has no such time are left out of both arms.
 
     mean             geometric mean of the ratios
@@ -117,9 +127,11 @@ def unit_spans(
 ) -> dict[Unit, dict[int, Span]]:
     """Total span of each unit in each repeat, without the requests to leave out."""
     spans: dict[Unit, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs(requests):
+    together = runs(requests)
+    whole = largest_units(together)
+    for run in together:
         if kept := [r for r in run if r.request not in leave_out]:
-            spans[unit_of(run)][run[0].repeat].append(run_span(kept, span_of))
+            spans[whole[unit_of(run)]][run[0].repeat].append(run_span(kept, span_of))
     return {unit: {n: total(parts) for n, parts in repeats.items()} for unit, repeats in spans.items()}
 
 

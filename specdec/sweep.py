@@ -22,6 +22,8 @@ WRONG_INPUT = (ValueError, OSError, ImportError, FloatingPointError)
 BEFORE_SPEEDUP = (
     "job",
     "target",
+    "dtype",
+    "device",
     "proposer",
     "tree",
     "accept",
@@ -116,6 +118,8 @@ def csv_row(row: dict, baselines: list[str]) -> dict[str, Any]:
     divergences = _of(row, "lossless", "divergences")
     return values | {
         "ttft_ms_p50": _of(row, "ttft_ms", "p50"),
+        "hardware": row.get("hardware"),
+        "price_per_hour": row.get("price_per_hour"),
         "usd_per_million_tokens": row.get("usd_per_million_tokens"),
         "joules_per_token": row.get("joules_per_token"),
         "lossless": _of(row, "lossless", "rule"),

@@ -95,7 +95,7 @@ def why(summary: dict) -> str:
     else:
         verdict = "" if made > pays else ", so it does not pay"
         cost = (
-            f"a step costs {pays:.2f}x plain decoding's: it pays above {pays:.2f} tokens a step, "
+            f"a step costs {pays:.2f}x plain decoding's on average: it pays above {pays:.2f} tokens a step, "
             f"and it made {made:.2f}{verdict}"
         )
     return f"{cost}; {_time_split(summary.get('time_split_ms_per_step'))}"

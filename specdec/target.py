@@ -92,6 +92,11 @@ class HFTarget:
         return HFTarget(in_dtype(copy.deepcopy(self.model), dtype), **known)
 
     @property
+    def dtype_name(self) -> str:
+        """As `target.dtype=` calls it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def lm_head(self) -> Tensor:
         """The LM head's weight [V, D]."""
         return self._head.weight.detach()

@@ -9,7 +9,7 @@ import torch
 from models import tiny, tiny_model, untrained_heads
 
 from specdec import config
-from specdec.config import build, load_config
+from specdec.config import build, load_config, make
 from specdec.loading import Loaded, random_model
 from specdec.proposers.medusa_heads import MedusaInfo
 from specdec.run import main, run
@@ -81,6 +81,8 @@ BEFORE_ANY_MODEL = {
     "hardware.name=null": r"hardware.name is None, expected text: hardware.name=VALUE",
     "hardware.price_per_hour=cheap": r"is 'cheap', expected a number or null: .*price_per_hour=null",
     "hardware.price_per_hour=-1": r"hardware.price_per_hour=-1: expected US dollars per hour",
+    "hardware.device=gpu": r"hardware.device=gpu: expected cpu, cuda, or null .*hardware.device=null",
+    "hardware=h100 target.device=cpu": r"h100 is a price of cuda, the target runs on cpu, .*hardware=local",
     "logger=wandb logger.mode=of": r"logger.mode=of: .*; the nearest is logger.mode=off",
 }
 
@@ -96,6 +98,14 @@ def test_refused_before_a_model_is_loaded(words: str, said: str, tmp_path: Path)
         start(*words.split())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_price_of_a_cpu_is_none_of_a_gpu() -> None:
+    prices = {name: make(load_config([f"hardware={name}"]).hardware) for name in ("cpu", "h100", "local")}
+    with pytest.raises(ValueError, match=r"hardware=cpu is a price of cpu, .* on cuda, .*target.device=cpu"):
+        prices["cpu"].check_prices(torch.device("cuda:1"))
+    for name, device in (("cpu", "cpu"), ("h100", "cuda:1"), ("local", "cpu"), ("local", "cuda")):
+        prices[name].check_prices(torch.device(device))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -11,7 +11,7 @@ from specdec.config import as_target, load_config, make
 from specdec.data import demo, render
 from specdec.decode import Sequence, decode
 from specdec.loading import smollm2
-from specdec.lossless import Text, audit, noise_bound
+from specdec.lossless import Decoding, Text, audit, noise_bound
 from specdec.proposers.none import NoDraft
 from specdec.rng import Philox
 from specdec.sampling import Sampling
@@ -92,9 +92,13 @@ def test_bf16_differs_from_one_token_decoding_by_near_ties_only():
     cfg = load_config(["proposer=medusa", "tree=static"])
     proposer = make(cfg.proposer, partial=True)(sixteen, make(cfg.tree))
     said = answers(proposer, 1, Sampling(), range(3))
-    bound = noise_bound(sixteen, [Text(list(prompts()[5]), plain(Sampling())[5])])
-    audits = [audit(sixteen, Text(list(prompts()[i]), said[i]), bound) for i in range(3)]
+
+    def decoding(i: int, tokens: list[int]) -> Decoding:
+        return Decoding.of(sixteen, Text(list(prompts()[i]), tokens))
+
+    bound = noise_bound(sixteen, [decoding(5, plain(Sampling())[5])])
+    audits = [audit(decoding(i, said[i]), bound) for i in range(3)]
     assert 0 < bound < 4
     assert [a.beyond for a in audits] == [[], [], []]
     wrong = [(t + 1) % 49152 for t in said[0]]
-    assert audit(sixteen, Text(list(prompts()[0]), wrong), bound).beyond
+    assert audit(decoding(0, wrong), bound).beyond

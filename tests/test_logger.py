@@ -21,6 +21,9 @@ from specdec.records import RequestRecord, StepRecord
 
 HEADER = {
     "target": "random",
+    "fingerprint": "random-0123",
+    "dtype": "float32",
+    "device": "cpu",
     "proposer": "NGram",
     "tree": "Chain",
     "accept": "Match",
@@ -28,6 +31,8 @@ HEADER = {
     "batch_size": 1,
     "temperature": 0.0,
     "reading": None,
+    "hardware": "local",
+    "price_per_hour": None,
 }
 CONFIG = {
     "proposer": {"_target_": "specdec.proposers.ngram.NGram", "max_n": 3},
@@ -61,7 +66,7 @@ def record(request: str, arm: str, repeat: int, accepted: list[int]) -> RequestR
 
 METHOD = [record(request, "method", repeat, [0, 1, 3]) for repeat in (0, 1) for request in "01"]
 PLAIN = [record(request, "none", repeat, []) for repeat in (0, 1) for request in "01"]
-EXTRA = {"split": {"score": 1.5, "host": 0.5}, "price_per_hour": None}
+EXTRA = {"split": {"score": 1.5, "host": 0.5}}
 SUMMARY = summarise(
     METHOD,
     {"none": PLAIN},

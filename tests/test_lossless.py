@@ -1,5 +1,7 @@
 """Losslessness of a run, judged from outside: identical answers, near ties, transforms that are uniform."""
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -7,12 +9,14 @@ import torch
 from models import VOCAB, requests, run, tiny
 from pit import randomised_pit, uniformity
 
+from specdec import lossless
 from specdec.accept import Block, Match, Recursive, Rejection, Rule
 from specdec.arms import Experiment, Settings
 from specdec.config import as_target, check_combination
 from specdec.data import Conversation
 from specdec.loading import random_model
 from specdec.lossless import (
+    Decoding,
     Text,
     audit,
     compare,
@@ -63,7 +67,7 @@ def test_a_wrong_token_is_reported_with_its_place_and_gap(temperature: float) ->
     asked = {r.id: r for r in (turn_of(e.target.tokenizer, c, 0, {}) for c in TALKS)}
     wrong = [changed(r, 7) if r.request == "c1/0" else r for r in method]
     found = compare(e, wrong, plain, asked)
-    logits_V = decode_logits(e.target, asked["c1/0"].ids, plain[1].tokens)[7]
+    logits_V = list(decode_logits(e.target, asked["c1/0"].ids, plain[1].tokens))[7]
     position = len(asked["c1/0"].ids) + 7
     noise_V = Stream(Philox(e.settings.seed), asked["c1/0"].number, 0, position).noise_at(
         torch.arange(256), 0
@@ -85,9 +89,9 @@ def test_draws_pass_the_audit_that_are_plain_decodings() -> None:
     _, records = measure(e)
     said = {r.request: r.tokens for r in records if r.arm == "method"}
     for request in (turn_of(e.target.tokenizer, c, 0, {}) for c in TALKS):
-        audited = audit(e.target, Text.of(e, request, said[request.id]), bound=1e-4)
+        audited = audit(Decoding.of(e.target, Text.of(e, request, said[request.id])), bound=1e-4)
         assert (audited.tokens, audited.near_ties, audited.beyond) == (12, 0, [])
-        greedy = audit(e.target, Text(request.ids, said[request.id]), bound=1e-4)
+        greedy = audit(Decoding.of(e.target, Text(request.ids, said[request.id])), bound=1e-4)
         assert greedy.beyond  # by the logits alone other tokens would have been said
 
 
@@ -113,20 +117,22 @@ def test_the_audit_tells_near_ties_from_wrong_tokens() -> None:
     seqs = requests([PROMPT], 12)
     run(NGram(target, Chain()), seqs)
     said = seqs[0].new_tokens
-    clean = audit(target, Text(PROMPT, said), bound=1e-4)
+    clean = audit(Decoding.of(target, Text(PROMPT, said)), bound=1e-4)
     assert (clean.tokens, clean.near_ties, clean.beyond) == (12, 0, [])
-    second = int(decode_logits(target, PROMPT, said)[11].topk(2).indices[1])
-    gap = float(decode_logits(target, PROMPT, said)[11].topk(2).values.diff().abs())
-    near = audit(target, Text(PROMPT, [*said[:11], second]), bound=2 * gap)
+    *_, last_V = decode_logits(target, PROMPT, said)
+    second, gap = int(last_V.topk(2).indices[1]), float(last_V.topk(2).values.diff().abs())
+    wrong = Decoding.of(target, Text(PROMPT, [*said[:11], second]))
+    near = audit(wrong, bound=2 * gap)
     assert (near.near_ties, near.widest, near.beyond) == (1, pytest.approx(gap, abs=1e-4), [])
-    beyond = audit(target, Text(PROMPT, [*said[:11], second]), bound=gap / 2)
+    beyond = audit(wrong, bound=gap / 2)
     assert beyond.near_ties == 0
     assert beyond.beyond == [(11, pytest.approx(gap, abs=1e-4))]
 
 
 def test_verify_and_decode_logits_have_one_row_a_token() -> None:
     target, tokens = tiny(), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    one, several = decode_logits(target, PROMPT, tokens), verify_logits(target, PROMPT, tokens, nodes=4)
+    one = list(decode_logits(target, PROMPT, tokens))
+    several = list(verify_logits(target, PROMPT, tokens, nodes=4))
     assert torch.allclose(torch.stack(one), torch.stack(several), atol=1e-4)
     for i, logits_V in enumerate(one):
         with torch.inference_mode():
@@ -143,11 +149,33 @@ def reference() -> HFTarget:
 
 
 def test_noise_is_next_to_nothing_in_float32_and_more_in_bfloat16() -> None:
-    texts = [Text([7, 8, 9], list(range(10, 40)))]
-    exact, rough = (noise_bound(bytes_target(dtype), texts) for dtype in ("float32", "bfloat16"))
+    text = Text([7, 8, 9], list(range(10, 40)))
+    exact, rough = (noise_of(bytes_target(dtype), text) for dtype in ("float32", "bfloat16"))
     assert 0 <= exact < 1e-3
     assert rough > 10 * exact
     assert rough > 1e-3
+
+
+def noise_of(target: HFTarget, text: Text) -> float:
+    return noise_bound(target, [Decoding.of(target, text)])
+
+
+@pytest.mark.parametrize(("passes", "most"), [("decode_logits", 2), ("verify_logits", 9)])
+def test_an_audit_reads_an_answer_once_and_holds_few_rows_of_it(
+    passes: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows of a long answer, 2,048 by a vocabulary of 151,936, would take 1.2 GB."""
+    rows_of, seen = getattr(lossless, passes), []
+
+    def watched(*args: object) -> Iterator[torch.Tensor]:
+        for row_V in rows_of(*args):
+            seen.append(weakref.ref(row_V))
+            assert sum(row() is not None for row in seen) <= most
+            yield row_V
+
+    monkeypatch.setattr(lossless, passes, watched)
+    audited = lossless.audit_answers(bytes_target(), [Text([7, 8, 9], list(range(10, 42)))] * 2)
+    assert audited["tokens"] == len(seen) == 64
 
 
 TREES = {

@@ -239,6 +239,16 @@ def test_plain_decoding_in_another_dtype_is_a_baseline() -> None:
     assert torch.equal(twin.lm_head, e.target.lm_head.bfloat16())
 
 
+@pytest.mark.parametrize(("baseline", "peak"), [("none", 7.0), ("none_bfloat16", None)])
+def test_a_peak_with_a_second_target_in_memory_is_unknown(
+    baseline: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeakMemory, "peak_mb", lambda self: 7.0)
+    summary, records = measure(experiment(TALKS[:1], baseline=(baseline,)))
+    assert summary["peak_memory_mb"] == peak
+    assert {r.peak_memory_mb for r in records} == {peak}
+
+
 def test_settings_below_the_least() -> None:
     for name in ("max_new_tokens", "batch_size", "repeats"):
         with pytest.raises(ValueError, match=rf"^{name} is 0, expected 1 or more: {name}=1$"):

@@ -101,25 +101,49 @@ def test_cost_by_hand() -> None:
     assert metrics.cost(None, 3.6) is None
 
 
+def decoded(steps: list[StepRecord], **fields: Any) -> RequestRecord:
+    """An answer that these steps made, one after the other."""
+    times = np.cumsum([s.seconds for s in steps]).tolist()
+    return answer("a", times, [s.kept for s in steps], **{"steps": steps, **fields})
+
+
 def test_break_even_by_hand() -> None:
-    method = [answer("a", [1.0], steps=[step(1, seconds=s) for s in (0.06, 0.05, 9.0)])]
-    plain = [answer("a", [0.4], [10], arm="none"), answer("b", [0.2], [5], arm="none")]
-    assert metrics.break_even(method, plain) == pytest.approx(0.06 / 0.04)
+    # 6 tokens in 0.40 s: of the steps, one drafted and two did not
+    method = [decoded([step(3, seconds=0.32), step(0, seconds=0.04), step(0, seconds=0.04)])]
+    plain = [answer("a", [0.6], [6], arm="none")]
+    assert metrics.break_even(method, plain) == pytest.approx((0.40 / 3) / (0.6 / 6))
     assert metrics.break_even(method, []) is None
     assert metrics.break_even(plain, plain) is None
 
 
-@given(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(1, 6), st.integers(1, 9))
-def test_break_even_is_where_decode_speedup_is_one(ours: float, theirs: float, tau: int, n: int) -> None:
-    steps = [step(tau - 1, seconds=ours)] * n
-    method = [answer("a", [ours * (i + 1) for i in range(n)], [tau] * n, steps=steps)]
-    plain = [answer("a", [theirs * (i + 1) for i in range(n)], arm="none")]
-    speedup = stats.speedup(method, plain)["decode"]["mean"]
-    assert speedup == pytest.approx(metrics.tokens_per_step(steps) / metrics.break_even(method, plain))
+two_kinds = st.lists(st.sampled_from([step(0, nodes=1, seconds=0.04), step(4, nodes=8, seconds=0.09)]))
+
+
+@given(two_kinds.filter(bool), st.floats(0.01, 1), st.integers(0, 3))
+def test_break_even_is_where_decode_speedup_is_one(steps: list[StepRecord], theirs: float, cut: int) -> None:
+    """Also of steps that cost one thing or another, and whose last tokens were cut."""
+    last = steps[-1]
+    method = decoded([*steps[:-1], replace(last, kept=max(1, last.kept - cut))])
+    plain = replace(method, arm="none", burst_times=[theirs], burst_sizes=[len(method.tokens)])
+    ratio = stats.speedup([method], [plain])["decode"]["mean"]
+    found = metrics.tokens_per_step(steps) / metrics.break_even([method], [plain])
+    assert found == pytest.approx(ratio)
+
+
+def test_break_even_of_a_batch_is_where_decode_speedup_is_one() -> None:
+    method = [
+        answer("a", [0.1, 0.2], [2, 2], steps=[step(1, seconds=0.1)] * 2, group=0),
+        answer("b", [0.1, 0.2, 0.25], steps=[step(0, seconds=s) for s in (0.1, 0.1, 0.05)], group=0),
+    ]
+    plain = scaled(method, 7 / 5, arm="none")
+    assert metrics.break_even(method, plain) == pytest.approx(1.0)
 
 
 HEADER: dict[str, Any] = {
     "target": "t",
+    "fingerprint": "0123456789abcdef",
+    "dtype": "float32",
+    "device": "cpu",
     "proposer": "ngram",
     "tree": "chain",
     "accept": "greedy",
@@ -127,6 +151,8 @@ HEADER: dict[str, Any] = {
     "batch_size": 1,
     "temperature": 0.0,
     "reading": None,
+    "hardware": "local",
+    "price_per_hour": None,
 }
 KEYS = [
     "schema_version",
@@ -157,8 +183,8 @@ def summary(
     method: list[RequestRecord], price: float | None = None, **baselines: list[RequestRecord]
 ) -> dict[str, Any]:
     """`summarise` with a fixed header, without split and losslessness."""
-    fixed: dict[str, Any] = {"header": HEADER, "split": None, "lossless": None}
-    return metrics.summarise(method, baselines, price_per_hour=price, **fixed)
+    header = HEADER | {"price_per_hour": price}
+    return metrics.summarise(method, baselines, header=header, split=None, lossless=None)
 
 
 def test_summary_by_hand() -> None:
@@ -169,7 +195,7 @@ def test_summary_by_hand() -> None:
     again = [replace(r, repeat=1, steps=[step(4)] * 9) for r in method]
     got = summary(method + again, price=3.6, none=scaled(method, 3.0, arm="none"))
     assert list(got) == KEYS
-    assert {key: got[key] for key in HEADER} == HEADER
+    assert {key: got[key] for key in HEADER} == HEADER | {"price_per_hour": 3.6}
     assert (got["schema_version"], got["requests"], got["tokens"]) == (1, 2, 6)
     assert got["tokens_per_step"] == 2.0
     assert got["acceptance_histogram"] == [1, 1, 1]
@@ -207,7 +233,7 @@ def test_summary_passes_split_and_losslessness_through_without_nan() -> None:
         "split": {"score": np.float32(1.5), "propose": float("nan")},
         "lossless": {"ties": np.int64(2)},
     }
-    got = metrics.summarise([], {}, header=HEADER, price_per_hour=None, **given_values)
+    got = metrics.summarise([], {}, header=HEADER, **given_values)
     assert got["time_split_ms_per_step"] == {"score": 1.5, "propose": None}
     assert json.loads(json.dumps(got, allow_nan=False))["lossless"] == {"ties": 2}
 

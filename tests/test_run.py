@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from specdec import config
-from specdec.config import load_config
+from specdec.config import load_config, load_target
 from specdec.run import live, main, run
 from specdec.store import RunFolder
 
 BASE = ["target=random", "proposer=ngram", "tree=chain", "data.limit=2", "max_new_tokens=8"]
-KEYS = """schema_version target proposer tree accept data batch_size temperature reading requests tokens
+KEYS = """schema_version target fingerprint dtype device proposer tree accept data batch_size temperature
+reading hardware price_per_hour requests tokens
 tokens_per_step nodes_per_step break_even acceptance_by_depth acceptance_histogram tokens_per_second speedup
 ttft_ms tpot_ms latency_ms itl_ms time_split_ms_per_step usd_per_million_tokens joules_per_token
 peak_memory_mb lossless by_category"""
@@ -103,7 +104,7 @@ def test_the_first_lines_say_what_is_used(tmp_path: Path, capsys: pytest.Capture
         ["baseline=[none,hf,hf_lookup_10]", "repeats=2"],
         ["batch_size=4", "data.limit=6", "data.categories=[coding,writing]", "baseline=[none,hf]"],
         ["proposer=draft_lm", "proposer.layers=1", "tree=sampled", "accept=recursive", "temperature=1"],
-        ["data.chat=false", "hardware=cpu"],
+        ["data.chat=false", "target.dtype=auto", "target.device=cpu", "hardware=cpu"],
     ],
     ids=" ".join,
 )
@@ -121,6 +122,13 @@ def test_ways_to_run(overrides: list[str], tmp_path: Path) -> None:
     if asked.proposer._target_.endswith("NoDraft"):
         assert summary["tokens_per_step"] == summary["nodes_per_step"] == 1
     assert (summary["usd_per_million_tokens"] is None) == (asked.hardware.price_per_hour is None)
+    assert [summary[key] for key in ("hardware", "price_per_hour")] == [
+        asked.hardware.name,
+        asked.hardware.price_per_hour,
+    ]
+    assert summary["dtype"] in ("float32", "bfloat16")
+    assert summary["device"] in ("cpu", "cuda")
+    assert summary["fingerprint"] == load_target(asked).fingerprint
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

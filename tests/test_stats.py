@@ -52,6 +52,19 @@ def test_a_group_of_conversations_is_one_unit_with_one_wall_time() -> None:
     assert decode == {"mean": 6 / 2, "low": None, "high": None, "ratio_of_totals": 6 / 2}
 
 
+def test_later_turns_of_a_group_are_of_its_unit_though_some_conversations_are_over() -> None:
+    method = [
+        answer("a0", [1.0], [2], conversation="a", group=0),
+        answer("b0", [2.0], [2], conversation="b", group=0),
+        answer("b1", [1.0], [4], conversation="b", group=1, turn=1),
+        answer("c0", [1.0], [1], conversation="c", group=2),
+    ]
+    baseline = [replace(r, burst_times=[t]) for r, t in zip(method, (3.0, 6.0, 6.0, 1.0), strict=True)]
+    decode = stats.speedup(method, baseline)["decode"]
+    # Two units: a and b with 12 s over 3 s, and c alone; three would be narrower.
+    assert decode == stats.geometric_mean([12 / 3, 1.0]) | {"ratio_of_totals": 13 / 4}
+
+
 def test_a_slow_outlier_among_repeats_moves_only_the_totals() -> None:
     baseline = [answer("a", [2.0], repeat=i) for i in range(3)]
     method = [answer("a", [t], repeat=i) for i, t in enumerate((1.0, 100.0, 1.0))]

@@ -82,11 +82,11 @@ def test_one_line_a_job_fastest_first_lossy_last(tmp_path: Path, capsys: pytest.
     assert [line["job"] for line in found] == order
     best = found[0]
     assert ",".join(best) == (
-        "job,target,proposer,tree,accept,temperature,batch_size,tokens_per_step,nodes_per_step,break_even,"
-        "tokens_per_second,"
+        "job,target,dtype,device,proposer,tree,accept,temperature,batch_size,tokens_per_step,nodes_per_step,"
+        "break_even,tokens_per_second,"
         "speedup_none_decode,speedup_none_low,speedup_none_high,speedup_none_end_to_end,"
         "speedup_hf_decode,speedup_hf_low,speedup_hf_high,speedup_hf_end_to_end,"
-        "ttft_ms_p50,usd_per_million_tokens,joules_per_token,lossless,identical,divergences"
+        "ttft_ms_p50,hardware,price_per_hour,usd_per_million_tokens,joules_per_token,lossless,identical,divergences"
     )
     said = {"speedup_none_decode": "1.9", "speedup_none_end_to_end": "1.1", "speedup_none_low": ""}
     said |= {"identical": "7", "divergences": "1", "lossless": "True"}

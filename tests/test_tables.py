@@ -67,7 +67,7 @@ def test_categories_take_ratios_with_and_without_interval() -> None:
 
 def test_why_names_the_costs() -> None:
     assert tables.why(SUMMARY) == (
-        "a step costs 1.31x plain decoding's: it pays above 1.31 tokens a step, and it made 2.10; "
+        "a step costs 1.31x plain decoding's on average: it pays above 1.31 tokens a step, and it made 2.10; "
         "propose 4 %, score 88 %, accept 2 %, commit <1 %, host 6 %"
     )
     assert "made 2.10, so it does not pay; time split n/a" in tables.why(
