@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._paths import conf_dir
 from .accept import Rule
+from .arguments import check_arguments
 from .arms import Experiment, Settings
 from .baselines import NAMES, PLAIN_DTYPES, check_baseline
 from .data import Conversation
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 NAMED = ("proposer", "tree", "accept", "data")
-KINDS = {"int": int, "float": int | float, "bool": bool, "None": type(None), "str": str}
-KINDS |= {"list": list, "tuple": list, "Sequence": list, "dict": dict, "any": object}
-WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-WORDS |= {"dict": "keys and values", "None": "null"}
 
 
 def load_config(overrides: list[str] | None = None, name: str = "config") -> DictConfig:
@@ -179,38 +176,11 @@ def make(node: DictConfig | dict, allow: Sequence[str] = (), *, partial: bool = 
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError | ImportError | OSError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError):
+            others = " ".join(f"{at}{key}=VALUE" for key in plain if key[0] != "_")
+            reason = f"{at}_target_={plain['_target_']} can't be made of its values ({error.__cause__})"
+            raise ValueError(f"{reason}, expected others: {others}") from error
         raise
-
-
-def check_arguments(function: Callable, given: dict[str, Any], at: str = "") -> None:
-    """ValueError for a key that is no parameter of `function`, or a value that it can't be."""
-    parameters = inspect.signature(function).parameters
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    for key, value in ((k, v) for k, v in given.items() if k in parameters or not takes_any):
-        expect_known(key, sorted(parameters), f"{at}{key}")
-        kinds = _kinds(parameters[key].annotation)
-        if not any(isinstance(value, KINDS[k]) and (k == "bool" or type(value) is not bool) for k in kinds):
-            example = _example(value, kinds, parameters[key].default)
-            wanted = " or ".join(WORDS.get(k, "a list") for k in kinds)
-            raise ValueError(f"{at}{key} is {value!r}, expected {wanted}: {at}{key}={example}")
-
-
-def _example(value: Any, kinds: list[str], default: Any) -> Any:
-    """What to write for a value that is of none of these kinds: what it was meant as, else the default."""
-    if list in map(KINDS.get, kinds) and value is not None:
-        return f"[{value}]"
-    if "str" in kinds and type(value) in (int, float):
-        return f"""'"{value}"'"""  # the shell takes the outer quotes, Hydra the inner ones
-    if isinstance(default, tuple):
-        return f"[{','.join(map(str, default))}]"
-    return "null" if default is None else "VALUE" if default is inspect.Parameter.empty else default
-
-
-def _kinds(annotation: Any) -> list[str]:
-    """The kinds that an annotation such as `int | None` allows; any kind where it says more than that."""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    kinds = [word.partition("[")[0].rpartition(".")[2] for word in text.split(" | ")]
-    return kinds if all(k in KINDS for k in kinds) else ["any", "bool"]
 
 
 def _checked(function: Callable, cfg: DictConfig) -> dict[str, Any]:

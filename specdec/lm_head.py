@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 class LMHead(nn.Module):
     """Rows of a target's LM head: logits = cap tanh(scale (h W + b) / cap) of what the "final" tap holds.
 
-    Cohere and Granite scale, Gemma 2 caps (2408.00118), Phi has a bias b; most do nothing of it. Called as a
-    module this is h W + b alone, so that it can stand in the model, which does the rest itself. The weights
-    are the target's: they are not trained, and no state_dict has them.
+    Cohere, Granite and HyperCLOVA X scale, Gemma 2 caps (2408.00118), Phi has a bias b; most do nothing of
+    it. Called as a module this is h W + b alone, so that it can stand in the model, which does the rest
+    itself. The weights are the target's: they are not trained, and no state_dict has them.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class LMHead(nn.Module):
 def probed(model: PreTrainedModel, final_XD: Tensor, logits_XV: Tensor) -> LMHead | None:
     """A model's LM head, which shares its weights; None if it does not turn the one into the other.
 
-    The model's config says how logits are scaled and capped, what a forward gave whether that is all.
+    The model's config says how logits are scaled and capped, what a forward gave whether that is all, and
+    which way: Granite divides by the `logits_scaling` that HyperCLOVA X multiplies by.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     shape = (logits_XV.shape[-1], final_XD.shape[-1])
@@ -63,8 +64,8 @@ def probed(model: PreTrainedModel, final_XD: Tensor, logits_XV: Tensor) -> LMHea
     scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
     bias_V = None if head.bias is None else head.bias.detach()
-    found = LMHead(head.weight.detach(), bias_V, scale, cap)
-    return found if alike(found.logits(final_XD), logits_XV, final_XD.dtype) else None
+    heads = [LMHead(head.weight.detach(), bias_V, each, cap) for each in (scale, 1 / scale)]
+    return next((one for one in heads if alike(one.logits(final_XD), logits_XV, final_XD.dtype)), None)
 
 
 def alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

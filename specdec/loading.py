@@ -159,7 +159,10 @@ def _stop_ids(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase |
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name; auto is CUDA where there is one. ValueError: no such device."""
+    """The device of that name; auto is CUDA where there is one. ValueError: no such device.
+
+    One of several GPUs becomes the current one: kernels, streams and graphs go there whatever tensors say.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|(cuda)(?::(\d+))?", str(device))
@@ -167,13 +170,22 @@ def choose_device(device: str) -> torch.device:
         raise ValueError(f"target.device={device}: expected cpu, cuda or cuda:N; set target.device=auto")
     if match[1] and int(match[2] or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"target.device={device}: CUDA shows {count} devices here; set target.device=cpu")
-    return torch.device(device)
+    chosen = torch.device(device)
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; auto is bfloat16 where the device multiplies it. ValueError: unknown."""
+    """The dtype of that name; auto is bfloat16 where the device multiplies it. ValueError: unknown.
+
+    Elsewhere it is float16 on a GPU (before Ampere), float32 on a CPU.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" or native_bf16() else torch.float32
+        if device.type == "cuda":
+            ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+            return torch.bfloat16 if ampere else torch.float16
+        return torch.bfloat16 if native_bf16() else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"target.dtype={dtype}: expected auto, {', '.join(DTYPES)}; set target.dtype=auto")
     return DTYPES[dtype]

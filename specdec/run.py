@@ -108,9 +108,9 @@ def target_line(target: HFTarget, cfg: DictConfig) -> str:
     dtype, device = target.dtype_name, target.device.type
     threads = torch.get_num_threads()
     where = f"cpu, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
-    auto = {"bfloat16": "multiplied natively here", "float32": "bfloat16 is not multiplied natively here"}
     if cfg.target.get("dtype") == "auto":
-        dtype += f" (target.dtype=auto: {auto[dtype]})"
+        native = "multiplied" if dtype == "bfloat16" else "bfloat16 is not multiplied"
+        dtype += f" (target.dtype=auto: {native} natively here)"
     if cfg.target.get("device") == "auto":
         where += f" (target.device=auto: {'a' if device == 'cuda' else 'no'} CUDA device)"
     return f"{target.name}, {dtype}, {where}"

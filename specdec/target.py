@@ -24,7 +24,7 @@ from .cache import DeviceCache, SlotCache
 from .engine import Engine, Graphs, compiled
 from .lm_head import LMHead, alike, probed
 from .packed import FEWEST, ROWS, Forwards, packed_head, packed_layers, replaced
-from .transfer import in_dtype
+from .transfer import in_dtype, to_device
 from .tree import TokenTree, TreeBatch, Verdict
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class HFTarget:
     def cast(self, dtype: torch.dtype) -> HFTarget:
         """The same target in another dtype, with weights of its own."""
         known = {"tokenizer": self.tokenizer, "name": self.name, "fingerprint": self.fingerprint}
-        known["engine"] = self.engine
-        return HFTarget(in_dtype(copy.deepcopy(self.model), dtype), **known)
+        return HFTarget(in_dtype(copy.deepcopy(self.model), dtype), engine=self.engine, **known)
 
     @property
     def dtype_name(self) -> str:
@@ -131,6 +130,7 @@ class HFTarget:
         if slots > self.cache.slots or length + SLACK > self.cache.rows:
             self.cache = self._cache_type(len(self.layers), slots, length + SLACK)
             self._graphs = Graphs() if self._graphs else None
+        self._reserved = slots
         self.cache.clear()
 
     def prefill(self, slot: int, tokens: list[int]) -> dict[Tap, Tensor]:
@@ -152,19 +152,26 @@ class HFTarget:
     def score(self, seqs: list[Sequence], trees: list[TokenTree], since: int = 0) -> TargetOutput:
         """One forward over the nodes [since, N) of every tree; earlier nodes were scored by an earlier call.
 
-        Slots between those of `seqs` run along with a lone root: cheaper than copying the cache without them.
+        Slots of others run along with a lone root. Laws stay where they are: only rules read them.
         """
-        first, last = min(s.slot for s in seqs), max(s.slot for s in seqs)
-        trees_of = {s.slot: tree for s, tree in zip(seqs, trees, strict=True)}
-        span = list(range(first, last + 1))
+        span = self._span(seqs)
+        shape_of = {s.slot: TokenTree(t.tokens_N, t.parents_N) for s, t in zip(seqs, trees, strict=True)}
         nodes = since + self.padded(max(map(len, trees)) - since, len(span))
-        batch = TreeBatch.pack([trees_of.get(slot) or TokenTree([0]) for slot in span], nodes, self.device)
+        batch = TreeBatch.pack([shape_of.get(slot) or TokenTree([0]) for slot in span], nodes, self.device)
         logits_BNV, hidden = self._forward(
             span, batch.tokens_BN[:, since:], batch.depth_BN, batch.ancestors_BNN[:, since:], self.model
         )
-        if (rows := [s.slot - first for s in seqs]) == list(range(len(span))):
+        if (rows := [s.slot - span[0] for s in seqs]) == list(range(len(span))):
             return TargetOutput(logits_BNV, hidden)
-        return TargetOutput(logits_BNV[rows], {tap: h_BND[rows] for tap, h_BND in hidden.items()})
+        rows_B = to_device(rows, self.device)
+        return TargetOutput(logits_BNV[rows_B], {tap: h_BND[rows_B] for tap, h_BND in hidden.items()})
+
+    def _span(self, seqs: list[Sequence]) -> list[int]:
+        """Consecutive slots to run for these: cheaper than copying the cache without those between."""
+        if self.captures:  # all that are reserved, or every text that ends would take a new graph
+            return list(range(self._reserved))
+        slots = [s.slot for s in seqs]
+        return list(range(min(slots), max(slots) + 1))
 
     def score_device(self, prefix_B: Tensor, trees: TreeBatch, since: int = 0) -> TargetOutput:
         """The same for all slots from the first on, told by tensors. prefix_B: rows that each has cached."""

@@ -35,6 +35,7 @@ VOCAB, PERIOD, WINDOW = 32, 8, 8
 # What makes logits of the LM head's products is not nothing: a scale of either kind, a cap, a bias.
 LOGITS: dict[str, dict] = {
     "granite": {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 0.25},
     "cohere": {"logit_scale": 0.25},
     "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
     "phi": {},

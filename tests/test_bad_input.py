@@ -59,13 +59,19 @@ BEFORE_ANY_MODEL = {
     "threads=0": r"threads is 0, expected 1 or more, or null .*threads=2",
     "ui=jason": r"ui=jason: expected one of .*; the nearest is ui=json",
     "baseline=[none,hff]": r"baseline=\[hff\] is unknown; the nearest is 'hf'; there is: none, none_float32",
-    "baseline=hf": r"baseline is 'hf', expected a list: baseline=\[hf\]",
+    "baseline=hf": r"baseline is 'hf', expected a list of text: baseline=\[hf\]",
     "baseline=[hf_assisted]": r"baseline=\[hf_assisted\] needs a draft model, .*: proposer=draft_lm",
     "baseline=[none,hf_lookup_10] batch_size=2": r"hf_lookup_10 takes one prompt at a time .* batch_size=1",
     "tree.depth=deep": r"tree.depth is 'deep', expected a whole number: tree.depth=5",
     "tree.depth=-1": r"tree.depth is -1, expected 0 or more: tree.depth=5",
-    "tree=topk tree.widths=3": r"tree.widths is 3, expected a list: tree.widths=\[3\]",
-    "tree=topk tree.widths=null": r"tree.widths is None, expected a list: tree.widths=\[4,2,1\]",
+    "tree=topk tree.widths=3": r"tree.widths is 3, expected a list of whole numbers: tree.widths=\[3\]",
+    "tree=topk tree.widths=null": r"is None, expected a list of whole numbers: tree.widths=\[4,2,1\]",
+    "tree=topk tree.widths=[2,1.5]": r"is \[2, 1.5\], .*a list of whole numbers: tree.widths=\[4,2,1\]",
+    "tree=static tree.paths=[0,1]": r"a list of lists of whole numbers or null: tree.paths=\[\[0,1\]\]$",
+    "tree=static tree.paths=[[0,x]]": r"a list of lists of whole numbers or null: tree.paths=null$",
+    "tree=sequoia tree.acceptance=[[true]]": r"a list of lists of numbers or null: tree.acceptance=null$",
+    "accept=synthetic accept.rates=[a]": r"is \['a'\], .* list of numbers: accept.rates=\[0.8,0.7,0.6\]",
+    "proposer=with_lookup proposer.chances=[a]": r"expected a list of numbers: proposer.chances=\[VALUE\]",
     "tree=topk tree.depth=4": r"tree.widths is \[3, 2, 1\], 3 levels, tree.depth is 4: tree.depth=3",
     "proposer=medusa proposer.heads=null": r"heads is None, expected text: .*=smollm2-135m-hydra",
     "proposer=medusa proposer.heads=true": r"heads is True, expected text: .*=smollm2-135m-hydra",
@@ -214,6 +220,17 @@ def test_a_draft_s_errors_name_the_proposer_s_overrides(words: str, said: str, t
 def test_a_draft_is_a_path_or_layers() -> None:
     with pytest.raises(ValueError, match=r"path=x, layers=1: expected one of"):
         start("proposer=draft_lm", "proposer.path=x", "proposer.layers=1")
+
+
+def refuse(count: int) -> None:
+    raise TypeError(f"{count} is no count")
+
+
+def test_values_that_are_found_wrong_when_they_are_used_name_their_node() -> None:
+    cfg = load_config([*BASE, "accept=match", "+accept.count=3", "accept._target_=test_bad_input.refuse"])
+    said = r"test_bad_input.refuse can't .* \(3 is no count\), expected others: accept.count=VALUE$"
+    with pytest.raises(ValueError, match=said):
+        make(cfg.accept, ["test_bad_input"])
 
 
 def test_what_a_target_makes_must_be_a_proposer() -> None:

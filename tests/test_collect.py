@@ -3,10 +3,11 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from models import cyclic, tiny
+from models import VOCAB, cyclic, tiny
 
 from specdec.data import Conversation
 from specdec.shards import read_shard, shard_files
@@ -25,6 +26,8 @@ class Chatty(Bytes):
     """Bytes within the tiny target's vocabulary; its chat template strips, and ends a turn in its own way."""
 
     chat_template, eos_token_id = "yes", 3
+    all_special_ids = (eos_token_id,)
+    added_tokens_decoder: ClassVar[dict[int, str]] = {ord(END) % VOCAB: END}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [token % tiny().vocab for token in super().encode(text)]
@@ -59,6 +62,18 @@ def test_a_message_ends_where_the_chat_template_ends_it(tmp_path: Path) -> None:
     ends = {chr(end), chr(Chatty.eos_token_id)}
     assert not any(ends & set(text) for text in texts), "not even what ends it"
     assert any("\n" in text for text in texts), "white space before the end of a turn ends none"
+
+
+def test_ordinary_words_behind_a_message_end_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (end,), stop = Chatty().encode(END), Chatty.eos_token_id
+    monkeypatch.setattr(Chatty, "added_tokens_decoder", {})
+    assert turn_end(Chatty()) == ()
+    asked = {"count": 16, "beginnings": [""], "longest": 60}
+    texts = write_prompts(tiny(), Chatty(), tmp_path, stop_ids=(stop,), **asked)
+    assert any(chr(end) in text for text in texts)
+    assert not any(chr(stop) in text for text in texts)
+    monkeypatch.setattr(Chatty, "all_special_ids", (stop, end))
+    assert turn_end(Chatty()) == (end,)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import GREEDY, PROMPTS, SAMPLED, requests, run, tiny_model
+from models import GREEDY, PROMPTS, SAMPLED, like_a_gpu, requests, run, tiny_model
 
 from specdec.accept import Block, Coupled, Greedy, Match, Recursive, Rejection, Rule, Synthetic, Typical
 from specdec.cache import DeviceCache
@@ -107,6 +107,20 @@ def test_graphs_are_refused_where_they_cannot_be() -> None:
     assert not Engine().captures(torch.device("cuda"), config)
     with pytest.raises(ValueError, match="its dynamic positions wait for the device"):
         Engine(graphs="score").captures(torch.device("cuda"), config)
+
+
+@pytest.mark.parametrize("case", ["match", "recursive"])
+def test_texts_that_end_take_no_new_graph(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, sampling, tree = CASES[case]
+    proposer = DraftLM(HFTarget(tiny_model()), tree, layers=1)
+    run(proposer, want := requests(PROMPTS, [24, 5, 1, 17]), sampling, rule)
+    like_a_gpu(monkeypatch)
+    target = HFTarget(tiny_model(), engine=Engine(graphs="score"))
+    proposer = DraftLM(target, tree, layers=1)
+    run(proposer, seqs := requests(PROMPTS, [24, 5, 1, 17]), sampling, rule)
+    assert [s.new_tokens for s in seqs] == [s.new_tokens for s in want]
+    for model in (target, proposer.draft):
+        assert {shape[0] for *_, shape in model._graphs._captured} == {4}
 
 
 @pytest.mark.gpu

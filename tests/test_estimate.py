@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -60,17 +61,25 @@ def test_an_estimate_comes_first_and_counts_what_there_is(shards: list[Path], tm
 def test_time_is_estimated_by_a_forward_that_is_warm(
     shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seconds of a clock that only a batch and a loss move: the first loss compiles."""
-    clock, estimates, took = [0.0], [], iter([100.0, 2.0])
-    batch, loss = Texts.batch, Eagle3Recipe.loss
+    """Seconds of a clock that only a batch and a loss move, which is waited for: the first loss compiles."""
+    clock, queued, estimates, took, alive = [0.0], [], [], iter([100.0, 2.0]), WeakSet()
+    batch, loss, item = Texts.batch, Eagle3Recipe.loss, Tensor.item
 
     def read(*args: object) -> TextBatch:
+        assert not alive, "two of the longest batches are held"
         clock[0] += 5
-        return batch(*args)
+        made = batch(*args)
+        alive.add(made.said_ST)
+        return made
 
     def judge(*args: object) -> Tensor:
-        clock[0] += next(took)
+        queued.append(next(took))
         return loss(*args)
+
+    def wait(tensor: Tensor) -> float:
+        clock[0] += sum(queued)
+        queued.clear()
+        return item(tensor)
 
     def begin(estimated: Estimate) -> None:
         estimates.append(estimated)
@@ -78,6 +87,7 @@ def test_time_is_estimated_by_a_forward_that_is_warm(
 
     monkeypatch.setattr(Texts, "batch", read)
     monkeypatch.setattr(Eagle3Recipe, "loss", judge)
+    monkeypatch.setattr(Tensor, "item", wait)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with pytest.raises(InterruptedError):
         train(tiny(), shards, replace(EAGLE, accumulate=2), tmp_path / "heads.safetensors", begin=begin)

@@ -126,6 +126,26 @@ def test_auto_dtype_follows_the_cpu(
     assert random_model(dtype="auto", device="cpu").model.dtype == expected
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_auto_dtype_follows_the_gpu(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = {torch.device("cuda:1"): capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of.__getitem__)
+    assert loading.choose_dtype("auto", torch.device("cuda:1")) == expected
+
+
+def test_one_gpu_of_several_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert loading.choose_device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_random_model_depends_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     first = random_model(device="cpu", seed=3)

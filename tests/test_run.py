@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from specdec import config
 from specdec.config import load_config, load_target
-from specdec.run import live, main, run
+from specdec.run import live, main, run, target_line
 from specdec.store import RunFolder
 
 BASE = ["target=random", "proposer=ngram", "tree=chain", "data.limit=2", "max_new_tokens=8"]
@@ -94,6 +96,12 @@ def test_the_first_lines_say_what_is_used(tmp_path: Path, capsys: pytest.Capture
     assert out == f"out: {tmp_path}"
     assert target.startswith("target: random-llama, ")
     assert "(target.dtype=auto: " in target
+
+
+def test_a_gpu_without_bfloat16_says_why_its_target_has_float16() -> None:
+    target = SimpleNamespace(name="t", dtype=torch.float16, device=torch.device("cuda"))
+    line = target_line(target, load_config(["target.dtype=auto", "target.device=cuda"]))
+    assert line == "t, float16 (target.dtype=auto: bfloat16 is not multiplied natively here), cuda"
 
 
 @pytest.mark.parametrize(

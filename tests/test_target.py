@@ -128,6 +128,15 @@ def test_scoring_bit_by_bit_is_scoring_at_once(kind: str) -> None:
         assert_close(final_ND[: len(tree)], whole.hidden["final"][b, : len(tree)])
 
 
+def test_laws_of_a_drawn_tree_are_left_to_the_rule() -> None:
+    """One that nobody may look at changes nothing."""
+    seq, tree, target = SimpleNamespace(slot=0), TokenTree.chain([5, 6, 7]), make_target("llama")
+    target.reserve(1, 8)
+    want_1NV = target.score([seq], [tree]).logits_BNV
+    tree.draw_children_from(0, None)
+    assert torch.equal(target.score([seq], [tree]).logits_BNV, want_1NV)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "opt", "cohere", "olmo2", "granite", "gpt_oss"])
 def test_taps_are_what_their_names_say(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "PREFILL_CHUNK", 5)

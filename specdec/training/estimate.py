@@ -71,7 +71,7 @@ def kept_for_backward(loss: Callable[[], Tensor], known: set[int]) -> int:
     with saved_tensors_hooks(note, lambda tensor: tensor):
         graph = loss()  # held until all is counted, or another storage could take an address
     total = sum(size for address, size in kept.items() if address not in known)
-    del graph
+    graph.item()  # waits for the device, which would be busy with it when the next one is timed
     return total
 
 

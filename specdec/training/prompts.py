@@ -33,7 +33,7 @@ def write_prompts(
 ) -> list[str]:
     """User messages that the target writes itself, sampled from its chat template's opening; no two alike.
 
-    stop_ids    end a message, as what the template puts behind it does
+    stop_ids    end a message, as a special token does that the template puts behind it
     beginnings  first words of the messages, taken in turn; "" leaves them to the target
 
     Messages that do not end within `longest` tokens are dropped, so somewhat fewer than `count` come back.
@@ -131,9 +131,14 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The first token, white space aside, that the chat template puts behind a message, if any."""
+    """The first token, white space aside, that the chat template puts behind a message, if it is special.
+
+    Ordinary words there, such as Llama 2's " [/INST]", begin with tokens that messages hold too.
+    """
     ids = tokenizer.encode(_around_message(tokenizer)[1], add_special_tokens=False)
-    return tuple(token for token in ids if tokenizer.decode([token]).strip())[:1]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    first = tuple(token for token in ids if tokenizer.decode([token]).strip())[:1]
+    return first if special.issuperset(first) else ()
 
 
 def _around_message(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
