@@ -20,7 +20,8 @@ from .proposers.none import NoDraft
 from .rng import Philox
 from .sampling import Sampling
 from .shards import Origin, Shard, expect_answers_of, expect_features_of, read_shard, settings_of, shard_files
-from .target import HFTarget, Tap, TargetOutput
+from .taps import Tap
+from .target import HFTarget, TargetOutput
 from .tree import TokenTree, Verdict
 from .trees import Chain
 

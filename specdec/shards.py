@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import save_tensors
-from .target import HFTarget, Tap
+from .taps import Tap
+from .target import HFTarget
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ Shapes: B batch, N nodes, T rows of a chunk, V vocabulary, D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,6 +22,7 @@ from .cache import DeviceCache, SlotCache
 from .engine import Engine, Graphs, compiled
 from .lm_head import LMHead, alike, probed
 from .packed import FEWEST, ROWS, Forwards, packed_head, packed_layers, replaced
+from .taps import Tap, tapped
 from .transfer import in_dtype, to_device
 from .tree import TokenTree, TreeBatch, Verdict
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 512
 SLACK = 264  # rows behind the longest text: the largest tree that verdict kernels take, and its padding
-Tap = int | str
 
 
 @dataclass
@@ -276,28 +274,3 @@ def few_sizes(rows: int, dtype: torch.dtype) -> int:
         return rows
     granule = 8 if rows <= 64 else 64
     return -(-rows // granule) * granule
-
-
-@contextmanager
-def tapped(base: nn.Module, layers: nn.ModuleList, taps: tuple[Tap, ...]) -> Iterator[dict[Tap, Tensor]]:
-    """Collect the taps of the forwards inside: [B, T, D] each."""
-    hidden: dict[Tap, Tensor] = {}
-
-    def entering(tap: int) -> Callable:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden[tap] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def final(_: nn.Module, __: tuple, out: object) -> None:
-        hidden["final"] = out.last_hidden_state
-
-    handles = [
-        layers[t].register_forward_pre_hook(entering(t), with_kwargs=True) for t in taps if t != "final"
-    ]
-    handles += [base.register_forward_hook(final)] if "final" in taps else []
-    try:
-        yield hidden
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,7 +14,8 @@ from torch import Tensor
 from specdec_kernels import TreeMask, tree_attention
 
 from ..packed import packed_head, packed_layers, replaced
-from ..target import SLACK, HFTarget, Tap, few_sizes
+from ..taps import Tap
+from ..target import SLACK, HFTarget, few_sizes
 from ..tree import TokenTree, TreeBatch, Verdict
 from ..trees import DraftLaw
 from ..zoo import zoo_file

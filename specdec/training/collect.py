@@ -14,7 +14,8 @@ from ..data import Conversation
 from ..onpolicy import say, write_answers
 from ..sampling import Sampling
 from ..shards import read_shard, shard_files
-from ..target import HFTarget, Tap
+from ..taps import Tap
+from ..target import HFTarget
 from ..text import Request, turn_of
 from .prompts import write_prompts
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 
 from ..proposers.eagle3 import Eagle3
 from ..proposers.eagle3_head import Eagle3Config, Eagle3Head, Eagle3Info, load, save
-from ..target import HFTarget, Tap
+from ..taps import Tap
+from ..target import HFTarget
 from ..trees import Chain
 from .heads import HeadRecipe, expect_shape, laws
 from .texts import GRANULE, TextBatch, Texts

@@ -14,7 +14,8 @@ from einops import einsum
 from torch import Tensor, nn
 
 from ..lm_head import LMHead
-from ..target import HFTarget, Tap
+from ..taps import Tap
+from ..target import HFTarget
 from ..zoo import zoo_file
 from .loop import Recipe
 from .texts import TextBatch, Texts

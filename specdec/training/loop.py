@@ -21,7 +21,8 @@ from torch import nn
 from ..data import digest
 from ..files import atomically
 from ..shards import expect_answers_of, read_shard
-from ..target import HFTarget, Tap
+from ..taps import Tap
+from ..target import HFTarget
 from ..transfer import in_dtype
 from .estimate import Estimate, memory, seconds
 from .heldout import HeldOut, acceptance

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..proposers.base import Proposer
-from ..target import HFTarget, Tap
+from ..taps import Tap
+from ..target import HFTarget
 from .texts import TextBatch, Texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

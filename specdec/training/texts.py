@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..shards import Shard, expect_features_of, read_shard
-from ..target import HFTarget, Tap
+from ..taps import Tap
+from ..target import HFTarget
 
 GRANULE = 16  # not too many lengths: on a CPU oneDNN compiles for every shape
 
