@@ -194,7 +194,7 @@ def test_settings_that_never_worked_do_not_bind_the_folder(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="lower max_new_tokens="):
         here(tmp_path, "data.limit=1", "max_new_tokens=4000")
     asked_for = RunFolder(tmp_path).path / "env.json"
-    assert "max_new_tokens=4000" in json.loads(asked_for.read_text())["overrides"], "a sweep names it so"
+    assert "max_new_tokens=4000" in json.loads(asked_for.read_text())["overrides"], "what was asked for"
     here(tmp_path, "data.limit=1")
     assert "max_new_tokens=4000" not in json.loads(asked_for.read_text())["overrides"]
 
