@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from specdec import config
 from specdec.config import load_config
+from specdec.logger import Silent
 from specdec.run import live, main, run
 from specdec.store import RunFolder
 
@@ -127,6 +129,21 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     here(tmp_path, "logger=wandb", "logger.mode=offline", "data.limit=1")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_finished_run_is_still_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = []
+
+    def log(_: Silent, config: dict, summary: dict, read: Callable, folder: str) -> None:
+        logged.append((summary, read()))
+        if len(logged) == 1:
+            raise OSError("nobody answers")
+
+    monkeypatch.setattr(Silent, "log", log)
+    with pytest.raises(OSError, match="nobody"):
+        here(tmp_path, "data.limit=1")
+    here(tmp_path, "data.limit=1")
+    assert logged == [(RunFolder(tmp_path).summary(), RunFolder(tmp_path).load())] * 2
 
 
 def test_a_file_of_prompts(tmp_path: Path) -> None:
