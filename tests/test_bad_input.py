@@ -51,6 +51,7 @@ BEFORE_ANY_MODEL = {
     "top_p=0": r"top_p is 0, expected .*top_p=0.9",
     "top_k=1.5": r"top_k is 1.5, expected a whole number: top_k=0",
     "batch_size=0": r"batch_size is 0, expected 1 or more: batch_size=1",
+    "data.limit=7 batch_size=64": r"batch_size is 64, .* the 7 conversations .*: batch_size=7, .*data.limit=",
     "max_new_tokens=0": r"max_new_tokens is 0, expected 1 or more: max_new_tokens=1",
     "max_new_tokens=many": r"max_new_tokens is 'many', expected a whole number: max_new_tokens=128",
     "repeats=0": r"repeats is 0, expected 1 or more: repeats=1",
