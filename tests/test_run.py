@@ -13,6 +13,7 @@ import pytest
 
 from specdec import config
 from specdec.config import load_config
+from specdec.data import digest
 from specdec.logger import Silent
 from specdec.run import live, main, run
 from specdec.store import RunFolder
@@ -152,9 +153,9 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     summary = here(tmp_path / "out", "data=jsonl", f"data.path={prompts}")
     assert (summary["data"], summary["requests"], list(summary["by_category"])) == ("jsonl", 3, ["x"])
     records = {(r.request, r.arm): r for r in RunFolder(tmp_path / "out").load()}
-    said = [bytes(records[f"a/b/{turn}", "none"].tokens).decode(errors="replace") for turn in (0, 1)]
-    text = f"one\n\n{said[0]}\n\ntwo\n\n{said[1]}\n\nthree"
-    assert records["a/b/2", "method"].prompt_tokens == len(text.encode())
+    said = [bytes(records[f"a/b/{turn}", "none"].tokens) for turn in (0, 1)]
+    text = b"one\n\n%b\n\ntwo\n\n%b\n\nthree" % tuple(said)
+    assert records["a/b/2", "method"].prompt_hash == digest(text), "every byte is a token, UTF-8 or not"
 
 
 def killed_after(groups: int, words: list[str], partial: Path) -> None:
