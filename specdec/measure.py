@@ -32,7 +32,7 @@ def measure(
     groups were asked.
     """
     e = experiment
-    check_lengths(e)
+    check_prompts(e)
     arms = arms_of(e)
     records = folder.load() if folder else []
     check_same_prompts(e, records)
@@ -51,10 +51,16 @@ def measure(
     return summarise(e, records), records
 
 
-def check_lengths(experiment: Experiment) -> None:
-    """ValueError unless every turn fits the model, behind answers of full length."""
+def check_prompts(experiment: Experiment) -> None:
+    """ValueError unless every turn is of known tokens, and fits the model behind answers of full length."""
     e = experiment
     for r, answers in _lengths(e):
+        if (token := max(r.ids, default=0)) >= e.target.vocab:
+            raise ValueError(
+                f"request {r.id}: token {token} of its prompt is beyond the {e.target.vocab} tokens that "
+                f"{e.target.name} knows: give it a vocab_size of {token + 1} or more in target.config=, "
+                "or a target.path= whose tokenizer fits its model"
+            )
         if len(r.ids) + answers > e.target.max_length:
             raise ValueError(
                 f"request {r.id}: {len(r.ids)} tokens of prompt and {answers} of answers exceed the "

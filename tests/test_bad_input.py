@@ -156,6 +156,12 @@ def test_a_prompt_that_does_not_fit() -> None:
         start("max_new_tokens=3000")
 
 
+def test_a_prompt_of_tokens_that_the_model_lacks() -> None:
+    said = r"request 1/0: token 121 .* the 100 tokens that random-llama knows: .*target.config=.*target.path="
+    with pytest.raises(ValueError, match=said):
+        start("target.config={vocab_size: 100}")
+
+
 def test_heads_for_another_target(tmp_path: Path) -> None:
     other = MedusaInfo(5, 64, "another", "0123456789abcdef", [[0.5]] * 5)
     untrained_heads(tiny(), [1, 2, 3]).save(tmp_path / "heads.safetensors", other)
