@@ -99,7 +99,9 @@ def prepare(cfg: DictConfig) -> Plan:
         hardware.check_prices(choose_device(device))
     make_proposer = make(cfg.proposer, cfg.allow, partial=True)
     check_baselines(settings, make_proposer.func)
-    rest = load_conversations(cfg), names_of(cfg), make_proposer, functools.partial(load_target, cfg)
+    conversations = load_conversations(cfg)
+    check_batch(settings.batch_size, len(conversations))
+    rest = conversations, names_of(cfg), make_proposer, functools.partial(load_target, cfg)
     return Plan(settings, sampling, tree, accept, hardware, *rest, Engine(**cfg.engine))
 
 
@@ -143,6 +145,15 @@ def check_baselines(settings: Settings, proposer: type) -> None:
         raise ValueError(
             f"baseline=[hf_assisted] needs a draft model, {proposer.__name__} has none: "
             "proposer=draft_lm, or baseline=[none,hf]"
+        )
+
+
+def check_batch(size: int, conversations: int) -> None:
+    """ValueError for a batch that no group would fill: its speed would be a smaller batch's."""
+    if size > conversations:
+        raise ValueError(
+            f"batch_size is {size}, expected at most the {conversations} conversations that there are: "
+            f"batch_size={conversations}, or choose more prompts (data.limit=, data.categories=)"
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from specdec.files import write_text
 from specdec.metrics import steps_of, tokens_per_step
 from specdec.records import RequestRecord
 
@@ -29,10 +32,13 @@ PER_REQUEST = (
 )
 
 
+Read = Callable[[], list[RequestRecord]]
+
+
 class Silent:
     """logger=none: tracks nothing."""
 
-    def log(self, config: dict, summary: dict, records: list[RequestRecord], folder: str) -> None:
+    def log(self, config: dict, summary: dict, read: Read, folder: str) -> None:
         """Nothing happens."""
 
     def log_training(self, config: dict, curve: list[dict], folder: str) -> None:
@@ -67,23 +73,31 @@ class Wandb:
         self.mode = mode
         self.where = {"project": project, "entity": entity, "group": group, "name": name, "tags": list(tags)}
 
-    def log(self, config: dict, summary: dict, records: list[RequestRecord], folder: str) -> None:
+    def log(self, config: dict, summary: dict, read: Read, folder: str) -> None:
         """Write a finished run: config, summary, step histograms, acceptance by depth, a row a request.
 
         config   plain values (OmegaConf.to_container)
         summary  the content of summary.json
-        records  of all arms and repeats
-        folder   exists; offline files go to `folder`/wandb
+        read     gives the records of all arms and repeats
+        folder   exists; offline files go to `folder`/wandb, and `folder`/logged.json says where the run was
+                 written to, so that it is written there once
+        OSError: wandb can't.
         """
         if self.mode == "disabled":  # wandb's own disabled run would stay behind as wandb.run
             return
+        noted, here = Path(folder, "logged.json"), {"mode": self.mode, **self.where}
+        logged = json.loads(noted.read_text("utf-8")) if noted.exists() else []
+        if here in logged:
+            return
         with self._run(config, folder) as run:
-            run.log(scalars(summary) | _charts(summary, records))
+            run.log(scalars(summary) | _charts(summary, read()))
+        write_text(json.dumps([*logged, here], indent=2), noted)
 
     def log_training(self, config: dict, curve: list[dict], folder: str) -> None:
         """Write a finished training: config, and its curve over the steps.
 
         curve  rows {"step", "loss"} or {"step", "tokens_per_step", "acceptance_by_depth"}
+        OSError: wandb can't.
         """
         if self.mode == "disabled":
             return
@@ -98,9 +112,16 @@ class Wandb:
         # Dotted: the agent of a sweep locks keys such as `proposer`, which would drop the whole group.
         settings = {"config": flat(config), "dir": folder, "mode": self.mode, **self.where}
         quiet = wandb.Settings(console="off", quiet=True)
-        # A run that the caller has open stays open and untouched.
-        with wandb.init(**settings, settings=quiet, reinit="create_new") as run:
-            yield run
+        try:
+            # A run that the caller has open stays open and untouched.
+            with wandb.init(**settings, settings=quiet, reinit="create_new") as run:
+                yield run
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"logger=wandb: not logged: {reason}: {folder} loses nothing, the same command logs it; "
+                "or choose logger.mode=offline"
+            ) from error
 
 
 def check_login() -> None:

@@ -29,12 +29,14 @@ def measure(
     """Run every arm over every conversation; returns the summary and the records.
 
     With a folder, groups that it holds are not run again, and each new one is saved when it is complete.
-    ValueError, before anything is answered: a prompt that does not fit the model.
+    ValueError, before anything is answered: a prompt that does not fit the model, or is not what the folder's
+    groups were asked.
     """
     e = experiment
-    check_lengths(e)
+    check_prompts(e)
     arms = arms_of(e)
     records = folder.load() if folder else []
+    check_same_prompts(e, records)
     finished = {r.group for r in records}
     total = sum(len(c.turns) for c in e.conversations)
     progress(len({r.request for r in records}), total, records)
@@ -50,15 +52,38 @@ def measure(
     return summarise(e, records), records
 
 
-def check_lengths(experiment: Experiment) -> None:
-    """ValueError unless every turn fits the model, behind answers of full length."""
+def check_prompts(experiment: Experiment) -> None:
+    """ValueError unless every turn is of known tokens, and fits the model behind answers of full length."""
     e = experiment
     for r, answers in _lengths(e):
+        if (token := max(r.ids, default=0)) >= e.target.vocab:
+            raise ValueError(
+                f"request {r.id}: token {token} of its prompt is beyond the {e.target.vocab} tokens that "
+                f"{e.target.name} knows: give it a vocab_size of {token + 1} or more in target.config=, "
+                "or a target.path= whose tokenizer fits its model"
+            )
         if len(r.ids) + answers > e.target.max_length:
             raise ValueError(
                 f"request {r.id}: {len(r.ids)} tokens of prompt and {answers} of answers exceed the "
                 f"{e.target.max_length} that {e.target.name} can read: lower max_new_tokens=, "
                 "or choose shorter prompts (data.limit=, data.categories=)"
+            )
+
+
+def check_same_prompts(experiment: Experiment, records: list[RequestRecord]) -> None:
+    """ValueError unless the records' groups would be asked the same now, token for token."""
+    e, said = experiment, defaultdict(list, _said_plainly(records))
+    there, here = defaultdict(dict), {}
+    for r in records:
+        there[r.group][r.request] = r.prompt_hash
+    for group, turn, chunk in _groups(e):
+        here[group] = {r.id: digest(r.ids) for r in _requests(e, chunk, turn, said)}
+    for group, asked in there.items():
+        now = here.get(group, {})
+        if differing := [key for key in {**asked, **now} if asked.get(key) != now.get(key)]:
+            raise ValueError(
+                f"request {differing[0]}: the prompts changed since this run began, expected those that "
+                "its finished answers are of: restore them, or choose another out=DIR"
             )
 
 

@@ -52,18 +52,23 @@ def _run(cfg: DictConfig, folder: RunFolder, overrides: list[str], show: Screen)
     paths = [str(folder.path / name) for name in FILES]
     if plan is None:
         show.start([f"{folder.path} holds this run already, finished: choose another out= to run it again"])
-        show.result(folder.summary(), paths)
-        return folder.summary()
+        summary = folder.summary()
+    else:
+        summary = _answered(plan, cfg, folder, show)
+    show.result(summary, paths)
+    logger.log(config, summary, folder.load, str(folder.path))
+    return summary
+
+
+def _answered(plan: Plan, cfg: DictConfig, folder: RunFolder, show: Screen) -> dict:
     with forgotten_if_nothing_was_answered(folder):
         show.start(header(plan, folder))
         experiment = plan.load()
         show.start([f"target: {target_line(experiment.target, cfg)}"])
         if reading := experiment.proposer.reading:
             show.start([f"heads of another project, read as: {reading}"])
-        summary, records = measure(experiment, folder, Progress(show))
+        summary, _ = measure(experiment, folder, Progress(show))
     folder.finish(summary)
-    show.result(summary, paths)
-    logger.log(config, summary, records, str(folder.path))
     return summary
 
 

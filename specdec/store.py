@@ -21,6 +21,7 @@ from specdec.metrics import jsonable
 from specdec.records import RequestRecord, StepRecord
 
 IGNORED = ("ui", "out", "logger", "hydra")
+OF_THE_COMMAND = ("date", "argv", "overrides", "resumed")  # what env.json says of more than the environment
 UNSET = "unset"
 KEY = ("group", "request", "arm", "repeat")
 STEP_OWNER = ("request", "conversation", "category", "arm", "repeat", "group")
@@ -102,15 +103,25 @@ class RunFolder:
         if self.summary() is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
             return
-        # Without settings there is no run to go on with: env.json is of one that failed.
-        if not written.exists() or not (self.path / "env.json").exists():
-            self._write(self.path / "env.json", json_text(env, indent=2).encode())
+        self._note_environment(env, resumed=written.exists())
         if not written.exists():
             self._write(written, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
         self.partial.mkdir(exist_ok=True)
         # A resumed run writes nothing until its first group ends: find out before the model loads.
         with tempfile.TemporaryFile(dir=self.partial):
             pass
+
+    def _note_environment(self, env: dict, resumed: bool) -> None:
+        """Write env.json; where the run goes on in another environment than before, add it as `resumed`."""
+        path = self.path / "env.json"
+        # Without settings there is no run to go on with: env.json is of one that failed.
+        if resumed and path.exists():
+            first = json.loads(path.read_text("utf-8"))
+            later = first.get("resumed", [])
+            if _lasting(env) == _lasting([first, *later][-1]):
+                return
+            env = {**first, "resumed": [*later, env]}
+        self._write(path, json_text(env, indent=2).encode())
 
     def _same_run(self, there: object, here: object) -> None:
         old, new = _dotted(there), _dotted(here)
@@ -154,6 +165,10 @@ class RunFolder:
 def json_text(value: dict, indent: int | None = None) -> str:
     """Strict JSON: numbers that JSON lacks (nan, infinities) become null."""
     return json.dumps(jsonable(value), indent=indent, allow_nan=False)
+
+
+def _lasting(env: dict) -> dict:
+    return jsonable({key: value for key, value in env.items() if key not in OF_THE_COMMAND})
 
 
 def _dotted(value: object, prefix: str = "") -> dict[str, object]:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +37,41 @@ BEFORE_SPEEDUP = (
 )
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job of this sweep. Its folder may hold the results of an earlier one, also where it failed."""
+
+    folder: Path
+    overrides: list[str]
+    failed: bool
+
+
 class CombinedTable(Callback):
     """Combines the summaries of a sweep's jobs. Jobs that failed are listed and make the exit status 1."""
 
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Say why a job of a sweep failed, and let the sweep go on."""
-        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
+        """Note a job of a sweep; say why it failed, and let the sweep go on."""
+        if config.hydra.mode != RunMode.MULTIRUN:
             return
-        try:
-            _ = job_return.return_value
-        except Exception as error:
-            lines = (
-                [f"specdec: {error}\n"]
-                if isinstance(error, WRONG_INPUT)
-                else traceback.format_exception(error)
-            )
-            sys.stderr.writelines(lines)
-        # Hydra would raise the error after the last job, and never reach on_multirun_end.
-        job_return.return_value, job_return.status = None, JobStatus.COMPLETED
+        failed = job_return.status == JobStatus.FAILED
+        folder, overrides = Path(config.hydra.runtime.output_dir), list(config.hydra.overrides.task)
+        self.jobs.append(Job(folder, overrides, failed))
+        if failed:
+            _say_why(job_return)
+            # Hydra would raise the error after the last job, and never reach on_multirun_end.
+            job_return.return_value, job_return.status = None, JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table and write combined.csv. SystemExit(1) if a job failed."""
-        folder = Path(config.hydra.sweep.dir)
-        rows, failed = read_jobs(folder)
+        """Print the table and write combined.csv. SystemExit: a job failed, or none ran in this process."""
+        if not self.jobs:
+            sys.exit("specdec: no job ran in this process, so there is no table: hydra/launcher=basic")
+        rows, failed = read_jobs(self.jobs)
         show = screen(config.ui)
         if rows:
-            path = folder / "combined.csv"
+            path = Path(config.hydra.sweep.dir) / "combined.csv"
             write_csv(rows, path)
             show.combined(rows, str(path))
         show.start([f"failed: {job}" for job in failed])
@@ -69,22 +79,20 @@ class CombinedTable(Callback):
             raise SystemExit(1)
 
 
-def read_jobs(sweep: Path) -> tuple[list[dict], list[str]]:
-    """The summaries of the finished jobs, each with its `job`, and the jobs that left no summary.
+def read_jobs(jobs: list[Job]) -> tuple[list[dict], list[str]]:
+    """The summaries of the jobs that ended well, each with its `job`, and the jobs that failed.
 
     A job is called by its overrides, without those that all jobs share; by its folder where nothing is left.
     """
-    folders = sorted((f for f in sweep.glob("[!.]*") if f.is_dir()), key=lambda f: (len(f.name), f.name))
-    overrides = {folder: _overrides(folder) for folder in folders}
-    written = [set(own) for own in overrides.values() if own]
-    shared = set.intersection(*written) if len(written) > 1 else set()
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     rows, failed = [], []
-    for folder, own in overrides.items():
-        job = " ".join(o for o in own if o not in shared) or folder.name
-        if (summary := _read(folder / "summary.json")) is None:
-            failed.append(job if job == folder.name else f"{folder.name}: {job}")
+    for job in jobs:
+        name = " ".join(o for o in job.overrides if o not in shared)
+        if job.failed:
+            failed.append(f"{job.folder.name}: {name}" if name else job.folder.name)
         else:
-            rows.append(summary | {"job": job})
+            summary = json.loads((job.folder / "summary.json").read_text("utf-8"))
+            rows.append(summary | {"job": name or job.folder.name})
     return rows, failed
 
 
@@ -128,12 +136,12 @@ def csv_row(row: dict, baselines: list[str]) -> dict[str, Any]:
     }
 
 
-def _overrides(folder: Path) -> list[str]:
-    return (_read(folder / "env.json") or {}).get("overrides") or []
-
-
-def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+def _say_why(failed: JobReturn) -> None:
+    try:
+        _ = failed.return_value
+    except Exception as error:
+        one_line = isinstance(error, WRONG_INPUT)
+        sys.stderr.writelines([f"specdec: {error}\n"] if one_line else traceback.format_exception(error))
 
 
 def _of(row: dict, *keys: str) -> Any:

@@ -13,16 +13,19 @@ if TYPE_CHECKING:
 
 
 class Bytes:
-    """UTF-8 bytes as token ids 0 to 255, without special tokens or a chat template."""
+    """UTF-8 bytes as token ids 0 to 255, without special tokens or a chat template.
+
+    Bytes that are no UTF-8 are lone surrogates in a text (PEP 383): read again, it has as many tokens.
+    """
 
     chat_template = None
     eos_token_id = None
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(text.encode(errors="surrogateescape"))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return bytes(i % 256 for i in ids).decode(errors="replace")
+        return bytes(i % 256 for i in ids).decode(errors="surrogateescape")
 
     def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(256)}

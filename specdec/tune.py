@@ -24,7 +24,7 @@ from .calibrate import Size, growing
 from .config import Plan, make, prepare
 from .data import Conversation
 from .files import write_text
-from .measure import check_lengths, measure
+from .measure import check_prompts, measure
 from .proposers.base import Grown
 from .run import check_command, errors_in_one_line, use_threads
 from .store import json_text
@@ -46,7 +46,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> Path:
     trees = [plan.tree, *beside(cfg, plan.tree)]
     calibration, held_back = halves(plan.conversations, cfg.skip, cfg.prompts)
     e = replace(plan.load(), conversations=calibration + held_back)
-    check_lengths(e)
+    check_prompts(e)
     requests = [turn_of(e.target.tokenizer, c, 0, {}, e.settings.chat) for c in calibration]
     tunings = tune(e, requests, trees, search, lambda line: console.print(f"{line} ...", highlight=False))
     tuning = tunings[0]

@@ -51,6 +51,7 @@ BEFORE_ANY_MODEL = {
     "top_p=0": r"top_p is 0, expected .*top_p=0.9",
     "top_k=1.5": r"top_k is 1.5, expected a whole number: top_k=0",
     "batch_size=0": r"batch_size is 0, expected 1 or more: batch_size=1",
+    "data.limit=7 batch_size=64": r"batch_size is 64, .* the 7 conversations .*: batch_size=7, .*data.limit=",
     "max_new_tokens=0": r"max_new_tokens is 0, expected 1 or more: max_new_tokens=1",
     "max_new_tokens=many": r"max_new_tokens is 'many', expected a whole number: max_new_tokens=128",
     "repeats=0": r"repeats is 0, expected 1 or more: repeats=1",
@@ -169,6 +170,12 @@ def test_a_prompt_that_does_not_fit() -> None:
     said = r"request 1/0: \d+ tokens of prompt and 3000 of answers exceed the 2048 .*lower max_new_tokens="
     with pytest.raises(ValueError, match=said):
         start("max_new_tokens=3000")
+
+
+def test_a_prompt_of_tokens_that_the_model_lacks() -> None:
+    said = r"request 1/0: token 121 .* the 100 tokens that random-llama knows: .*target.config=.*target.path="
+    with pytest.raises(ValueError, match=said):
+        start("target.config={vocab_size: 100}")
 
 
 def test_heads_for_another_target(tmp_path: Path) -> None:

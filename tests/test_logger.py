@@ -78,7 +78,7 @@ SUMMARY = summarise(
 
 def offline(folder: Path, summary: dict, records: list[RequestRecord], **options: object) -> dict:
     """What `wandb leet` finds in the only run below the folder."""
-    Wandb(mode="offline", **options).log(CONFIG, summary, records, str(folder))
+    Wandb(mode="offline", **options).log(CONFIG, summary, lambda: records, str(folder))
     return json.loads(inspected(folder, "--summary"))
 
 
@@ -208,11 +208,29 @@ def test_numbers_that_are_not_known_are_absent() -> None:
 
 @pytest.mark.usefixtures("env")
 def test_disabled_leaves_nothing(tmp_path: Path) -> None:
-    Wandb(mode="disabled").log(CONFIG, SUMMARY, METHOD, str(tmp_path))
+    Wandb(mode="disabled").log(CONFIG, SUMMARY, list, str(tmp_path))
     Wandb(mode="disabled").log_training(CONFIG, [{"step": 1, "loss": 3.0}], str(tmp_path))
-    Silent().log(CONFIG, SUMMARY, METHOD, str(tmp_path))
+    Silent().log(CONFIG, SUMMARY, list, str(tmp_path))
     Silent().log_training(CONFIG, [{"step": 1, "loss": 3.0}], str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("env")
+def test_a_run_is_written_once_to_each_place_and_again_where_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log(**options: str) -> int:
+        Wandb(**options).log(CONFIG, SUMMARY, lambda: METHOD, str(tmp_path))
+        return len(list(tmp_path.glob("wandb/offline-run-*/*.wandb")))
+
+    def offends(*_: object, **__: object) -> None:
+        raise wandb.errors.CommError("no\nanswer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wandb, "init", offends)
+        with pytest.raises(OSError, match=r"^logger=wandb: not logged: no answer: .*same command.*offline$"):
+            log()
+    assert [log(), log(), log(project="another"), log()] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("mode", "nearest"), [("of", "offline"), ("ONLINE", "online"), (None, "online")])

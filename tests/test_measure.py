@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,9 @@ def test_a_batchs_energy_is_divided_among_its_requests(monkeypatch: pytest.Monke
     assert summary["peak_memory_mb"] == 7.0
 
 
-def test_finished_groups_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """The folder of a run that a power cut ended before the third conversation."""
     answer = LoopArm.__call__
 
     def fails_at_the_third(self: LoopArm, requests: list, *rest: object) -> list:
@@ -214,12 +217,35 @@ def test_finished_groups_are_not_run_again(tmp_path: Path, monkeypatch: pytest.M
         patched.setattr(LoopArm, "__call__", fails_at_the_third)
         with pytest.raises(RuntimeError):
             measure(experiment(), folder)
-    before = folder.load()
+    return folder
+
+
+def test_finished_groups_are_not_run_again(cut: RunFolder) -> None:
+    before = cut.load()
     assert {r.request for r in before} == {"c0/0", "c1/0", "c1/1"}
     done: list[int] = []
-    _, records = measure(experiment(), folder, lambda so_far, total, rows: done.append(so_far))
+    _, records = measure(experiment(), cut, lambda so_far, total, rows: done.append(so_far))
     assert records[: len(before)] == before
     assert done == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("talks", "differing"),
+    [
+        ([replace(TALKS[0], turns=("edited",)), *TALKS[1:]], "c0/0"),
+        ([TALKS[0], replace(TALKS[1], turns=(TALKS[1].turns[0], "edited")), *TALKS[2:]], "c1/1"),
+        ([TALKS[0], replace(TALKS[1], id="new"), *TALKS[1:]], "c1/0"),
+        (TALKS[:1], "c1/0"),
+    ],
+    ids=["first turn", "second turn", "one more", "fewer"],
+)
+def test_a_run_does_not_go_on_with_other_prompts(
+    cut: RunFolder, talks: list[Conversation], differing: str
+) -> None:
+    before = cut.load()
+    with pytest.raises(ValueError, match=rf"^request {differing}: the prompts changed .*another out=DIR$"):
+        measure(experiment(talks), cut, lambda *_: pytest.fail("too late"))
+    assert cut.load() == before
 
 
 def test_nothing_is_answered_if_a_prompt_does_not_fit() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ import torch
 
 from specdec import config
 from specdec.config import load_config, load_target
+from specdec.data import digest
+from specdec.logger import Silent
 from specdec.run import live, main, run, target_line
 from specdec.store import RunFolder
 
@@ -145,15 +148,30 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_finished_run_is_still_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = []
+
+    def log(_: Silent, config: dict, summary: dict, read: Callable, folder: str) -> None:
+        logged.append((summary, read()))
+        if len(logged) == 1:
+            raise OSError("nobody answers")
+
+    monkeypatch.setattr(Silent, "log", log)
+    with pytest.raises(OSError, match="nobody"):
+        here(tmp_path, "data.limit=1")
+    here(tmp_path, "data.limit=1")
+    assert logged == [(RunFolder(tmp_path).summary(), RunFolder(tmp_path).load())] * 2
+
+
 def test_a_file_of_prompts(tmp_path: Path) -> None:
     prompts = tmp_path / "questions.jsonl"
     prompts.write_text('{"question_id": "a/b", "category": "x", "turns": ["one", "two", "three"]}\n')
     summary = here(tmp_path / "out", "data=jsonl", f"data.path={prompts}")
     assert (summary["data"], summary["requests"], list(summary["by_category"])) == ("jsonl", 3, ["x"])
     records = {(r.request, r.arm): r for r in RunFolder(tmp_path / "out").load()}
-    said = [bytes(records[f"a/b/{turn}", "none"].tokens).decode(errors="replace") for turn in (0, 1)]
-    text = f"one\n\n{said[0]}\n\ntwo\n\n{said[1]}\n\nthree"
-    assert records["a/b/2", "method"].prompt_tokens == len(text.encode())
+    said = [bytes(records[f"a/b/{turn}", "none"].tokens) for turn in (0, 1)]
+    text = b"one\n\n%b\n\ntwo\n\n%b\n\nthree" % tuple(said)
+    assert records["a/b/2", "method"].prompt_hash == digest(text), "every byte is a token, UTF-8 or not"
 
 
 def killed_after(groups: int, words: list[str], partial: Path) -> None:
@@ -210,7 +228,7 @@ def test_settings_that_never_worked_do_not_bind_the_folder(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="lower max_new_tokens="):
         here(tmp_path, "data.limit=1", "max_new_tokens=4000")
     asked_for = RunFolder(tmp_path).path / "env.json"
-    assert "max_new_tokens=4000" in json.loads(asked_for.read_text())["overrides"], "a sweep names it so"
+    assert "max_new_tokens=4000" in json.loads(asked_for.read_text())["overrides"], "what was asked for"
     here(tmp_path, "data.limit=1")
     assert "max_new_tokens=4000" not in json.loads(asked_for.read_text())["overrides"]
 

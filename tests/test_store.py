@@ -146,10 +146,11 @@ def test_settings_that_change_no_number_may_differ(tmp_path: Path) -> None:
         opened(tmp_path, uint=8)
 
 
-def test_the_first_environment_is_kept(tmp_path: Path) -> None:
-    opened(tmp_path)
-    RunFolder(tmp_path).open(CONFIG, {"python": "3.13"})
-    assert json.loads((tmp_path / "env.json").read_text()) == ENV
+def test_every_environment_of_a_run_is_named(tmp_path: Path) -> None:
+    first, same, other = ENV | {"date": "1"}, ENV | {"date": "2"}, {"python": "3.13", "date": "3"}
+    for env in (first, same, other, other, same):
+        RunFolder(tmp_path).open(CONFIG, env)
+    assert json.loads((tmp_path / "env.json").read_text()) == first | {"resumed": [other, same]}
 
 
 def test_the_environment_of_a_run_that_failed_is_not_kept(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from specdec._paths import conf_dir
 from specdec.config import load_config, make
-from specdec.sweep import CombinedTable
+from specdec.sweep import CombinedTable, Job
 
 SWEEPS = sorted(Path(__file__).parents[1].glob("experiments/sweeps/*.yaml"))
 
@@ -45,17 +45,18 @@ def summary(decode: float | None, *, rule: bool = True, baseline: str = "none", 
     }
 
 
-def job(sweep: Path, name: str, overrides: list[str] | None, written: dict | None) -> None:
+def job(sweep: Path, name: str, overrides: list[str], written: dict | None, failed: bool = False) -> Job:
     folder = sweep / name
     folder.mkdir(parents=True)
-    if overrides is not None:
-        (folder / "env.json").write_text(json.dumps({"overrides": overrides}))
     if written is not None:
         (folder / "summary.json").write_text(json.dumps(written))
+    return Job(folder, overrides, failed)
 
 
-def end(sweep: Path, ui: str = "plain") -> None:
-    CombinedTable().on_multirun_end(OmegaConf.create({"ui": ui, "hydra": {"sweep": {"dir": str(sweep)}}}))
+def end(sweep: Path, jobs: list[Job], ui: str = "plain") -> None:
+    table = CombinedTable()
+    table.jobs = jobs
+    table.on_multirun_end(OmegaConf.create({"ui": ui, "hydra": {"sweep": {"dir": str(sweep)}}}))
 
 
 def lines(sweep: Path) -> list[dict]:
@@ -69,14 +70,14 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_line_a_job_fastest_first_lossy_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job(tmp_path, "0", ["data.limit=2", "tree.depth=2"], summary(1.2))
-    job(tmp_path, "1", ["data.limit=2", "tree.depth=4"], summary(None, baseline="hf"))
-    job(tmp_path, "2", ["data.limit=2", "tree.depth=8"], summary(1.9))
-    job(tmp_path, "3", ["data.limit=2", "accept=typical"], summary(9.9, rule=False))
-    job(tmp_path, "10", None, summary(1.5))
-    (tmp_path / "multirun.yaml").write_text("ui: plain")
-    (tmp_path / ".submitit").mkdir()
-    end(tmp_path)
+    jobs = [
+        job(tmp_path, "0", ["data.limit=2", "tree.depth=2"], summary(1.2)),
+        job(tmp_path, "1", ["data.limit=2", "tree.depth=4"], summary(None, baseline="hf")),
+        job(tmp_path, "2", ["data.limit=2", "tree.depth=8"], summary(1.9)),
+        job(tmp_path, "3", ["data.limit=2", "accept=typical"], summary(9.9, rule=False)),
+        job(tmp_path, "10", ["data.limit=2"], summary(1.5)),
+    ]
+    end(tmp_path, jobs)
     found = lines(tmp_path)
     order = ["tree.depth=8", "10", "tree.depth=2", "tree.depth=4", "accept=typical"]
     assert [line["job"] for line in found] == order
@@ -101,38 +102,45 @@ def test_one_line_a_job_fastest_first_lossy_last(tmp_path: Path, capsys: pytest.
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_jobs_without_a_summary_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job(tmp_path, "0", ["seed=1"], summary(1.2))
-    job(tmp_path, "1", ["seed=2"], None)
-    job(tmp_path, "2", None, None)
+def test_jobs_that_failed_are_named_whatever_lies_in_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [
+        job(tmp_path, "0", ["seed=1"], summary(1.2)),
+        job(tmp_path, "1", ["seed=2"], summary(9.9), failed=True),
+        job(tmp_path, "2", [], None, failed=True),
+    ]
     with pytest.raises(SystemExit) as stopped:
-        end(tmp_path)
+        end(tmp_path, jobs)
     assert stopped.value.code == 1
     assert capsys.readouterr().out.splitlines()[-2:] == ["failed: 1: seed=2", "failed: 2"]
     assert [line["job"] for line in lines(tmp_path)] == ["seed=1"]
 
 
 def test_a_sweep_in_which_every_job_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job(tmp_path, "0", ["seed=1"], None)
     with pytest.raises(SystemExit):
-        end(tmp_path)
+        end(tmp_path, [job(tmp_path, "0", ["seed=1"], None, failed=True)])
     assert capsys.readouterr().out == "failed: 0: seed=1\n"
     assert not (tmp_path / "combined.csv").exists()
+
+
+def test_jobs_that_nobody_saw_end_are_no_success(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no job ran in this process.*hydra/launcher=basic"):
+        end(tmp_path, [])
 
 
 @pytest.mark.parametrize("ui", ["json", "none"])
 def test_quiet_screens_still_get_their_file(
     ui: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job(tmp_path, "0", ["seed=1"], summary(1.2))
-    end(tmp_path, ui)
+    end(tmp_path, [job(tmp_path, "0", ["seed=1"], summary(1.2))], ui)
     assert capsys.readouterr().out == ""
     assert [line["job"] for line in lines(tmp_path)] == ["seed=1"]
 
 
 def test_a_failed_write_leaves_the_table_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job(tmp_path, "0", ["seed=1"], summary(1.2))
-    end(tmp_path)
+    jobs = [job(tmp_path, "0", ["seed=1"], summary(1.2))]
+    end(tmp_path, jobs)
     before = (tmp_path / "combined.csv").read_text()
 
     def full(self: object, path: Path, **_: object) -> None:
@@ -141,7 +149,7 @@ def test_a_failed_write_leaves_the_table_of_before(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("pandas.DataFrame.to_csv", full)
     with pytest.raises(OSError, match="No space"):
-        end(tmp_path)
+        end(tmp_path, jobs)
     assert (tmp_path / "combined.csv").read_text() == before
 
 
@@ -162,7 +170,6 @@ defaults: [_self_, override hydra/job_logging: disabled, override hydra/hydra_lo
 def task(cfg: DictConfig) -> None:
     config = hydra.core.hydra_config.HydraConfig.get()
     folder = Path(config.runtime.output_dir)
-    (folder / "env.json").write_text(json.dumps({"overrides": list(config.overrides.task)}))
     if cfg.seed == 2:
         raise ValueError("seed=2 is unlucky")
     if cfg.seed == 3:
@@ -172,7 +179,7 @@ def task(cfg: DictConfig) -> None:
 
 
 def launch(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "conf").mkdir()
+    (folder / "conf").mkdir(exist_ok=True)
     (folder / "conf" / "config.yaml").write_text(SWEEP_CONFIG.format(out=folder / "out"))
     monkeypatch.setattr("sys.argv", ["app", *arguments])
     hydra.main(version_base="1.3", config_path=str(folder / "conf"), config_name="config")(task)()
@@ -191,6 +198,18 @@ def test_hydra_runs_all_jobs_of_a_sweep_in_which_some_fail(
     assert "specdec: seed=2 is unlucky\n" in err
     assert err.count("Traceback") == 1
     assert "RuntimeError: a bug" in err
+
+
+def test_a_sweep_into_a_used_folder_reports_its_own_jobs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "used"
+    launch(tmp_path, ["-m", "seed=1,4,5", f"hydra.sweep.dir={sweep}"], monkeypatch)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        launch(tmp_path, ["-m", "seed=6,2", f"hydra.sweep.dir={sweep}"], monkeypatch)
+    assert [line["job"] for line in lines(sweep)] == ["seed=6"]
+    assert capsys.readouterr().out.splitlines()[-1] == "failed: 1: seed=2"
 
 
 def test_a_single_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
