@@ -102,7 +102,7 @@ def test_the_first_lines_say_what_is_used(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_gpu_without_bfloat16_says_why_its_target_has_float16() -> None:
-    target = SimpleNamespace(name="t", dtype=torch.float16, device=torch.device("cuda"))
+    target = SimpleNamespace(name="t", dtype_name="float16", device=torch.device("cuda"))
     line = target_line(target, load_config(["target.dtype=auto", "target.device=cuda"]))
     assert line == "t, float16 (target.dtype=auto: bfloat16 is not multiplied natively here), cuda"
 
