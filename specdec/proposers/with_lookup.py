@@ -30,8 +30,8 @@ class WithLookup(Proposer):
     """Merges what the text said before into the trees of another proposer.
 
     draft    makes that proposer of (target, tree), as a YAML in conf/proposer does with _partial_
-    chances  chances[n - 1]: how often a copied token is right where the last n tokens occurred before; the
-             last one holds for longer suffixes too
+    chances  chances[n - 1]: how often a copied token is right that the other draft would not say, where the
+             last n tokens occurred before; the last one holds for longer suffixes too
     sure     with a first token as likely as this, lookup drafts alone
     nodes    of a tree, root included
     most     of a tree whose nodes beyond `nodes` are expected to add `gain` tokens or more
