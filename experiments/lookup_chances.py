@@ -1,7 +1,9 @@
-"""python experiments/lookup_chances.py SHARDS [longest]: `proposer.chances` of with_lookup for a target.
+"""python experiments/lookup_chances.py SHARDS [longest]: where `proposer.chances` of with_lookup begin.
 
 How often the token that followed the longest suffix that occurred before is right, by the length of that
-suffix, in the target's own answers. SHARDS is the out=FOLDER of a training.
+suffix, in the target's own answers. Of tokens that another draft would not say fewer are right, so behind
+short suffixes a tree with both is better with less (experiments/LOG.md).
+SHARDS is the out=FOLDER of a training.
 """
 
 import sys
